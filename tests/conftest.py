@@ -1,0 +1,91 @@
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+
+import configurator
+import data
+from train import TrainConfig
+
+torch.set_num_threads(2)
+
+TINY = dict(
+    block_size=16,
+    vocab_size=64,
+    n_layer=2,
+    n_head=2,
+    n_embd=16,
+    tokens_per_step=8 * 16,
+    batch_size=8,
+    max_iters=40,
+    lr_decay_iters=None,
+    warmup_iters=4,
+    learning_rate=1e-2,
+    eval_interval=10,
+    eval_windows=7,
+    log_interval=1,
+    save_steps=(),
+    dataset="tiny",
+    dtype="float32",
+)
+
+
+def write_dataset(folder, n_train=4000, n_val=500, vocab_size=50, seed=0, manifest=True):
+    """Bins of a text that can be learnt: each token follows from the one before it, with some noise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    splits = {}
+    for name, n in (("train", n_train), ("val", n_val)):
+        tokens = np.zeros(n, dtype="<u2")
+        for i in range(1, n):
+            tokens[i] = (
+                (tokens[i - 1] * 7 + 3) % vocab_size if generator.random() < 0.9 else generator.integers(vocab_size)
+            )
+        tokens.tofile(folder / f"{name}.bin")
+        digest = hashlib.sha256(tokens.tobytes()).hexdigest()
+        splits[name] = {"tokens": n, "documents": 1, "sha256": digest}
+    if manifest:
+        data.write_manifest(
+            folder, tokenizer="bytes", vocab_size=vocab_size, eot=0, dtype="uint16", splits=splits, source={}, split={}
+        )
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """Makes TrainConfigs: a model of a few thousand parameters, a tiny dataset, an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    write_dataset(tmp_path / "data" / "tiny")
+
+    def make(**overrides):
+        return TrainConfig(**{**TINY, "out_dir": str(tmp_path / "run"), **overrides})
+
+    return make
+
+
+@pytest.fixture
+def command(capsys):
+    """Run a command's main as a shell would; (exit status, standard output, standard error)."""
+
+    def run(main, *argv):
+        with pytest.raises(SystemExit) as stopped:
+            configurator.run(main, [str(argument) for argument in argv])
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def refuses(command):
+    """Check that a command ends as a user's mistake must: exit status 2 and one line that holds all the words."""
+
+    def check(main, *argv, words):
+        status, _, error = command(main, *argv)
+        assert status == 2, error
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1, error
+        for word in words:
+            assert str(word) in error
+
+    return check
