@@ -1,0 +1,6 @@
+# The baseline made narrower throughout (12 heads of 62): about as many parameters as W_Q = I at n_embd 768.
+wq_identity = False
+attn_scale = 1.0
+weight_decay = 0.1
+tie_weights = False
+n_embd = 744

@@ -1,0 +1,19 @@
+# A run of about two minutes on two CPU cores: a small model on the embedded corpus, one token a byte.
+# Prepare the data once with `python prepare_owt.py --source=stdlib`; put a variant's file after this one.
+dataset = "stdlib"
+vocab_size = 320  # 256 bytes and end-of-text, padded to a multiple of 64
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 128
+
+tokens_per_step = 32 * 128
+batch_size = 32
+max_iters = 600
+lr_decay_iters = None  # the cosine ends with the run
+learning_rate = 3e-3
+warmup_iters = 60
+
+eval_interval = 50
+eval_windows = 256
+save_steps = ()

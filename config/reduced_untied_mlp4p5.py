@@ -1,0 +1,6 @@
+# W_Q = I with its parameters spent on a wider MLP: as many parameters as the baseline.
+wq_identity = True
+attn_scale = 0.5
+weight_decay = 2**-5
+tie_weights = False
+mlp_ratio = 4.5
