@@ -1,0 +1,174 @@
+"""Token bins, the batch of a step and the evaluation windows.
+
+A dataset is a folder with `train.bin`, `val.bin` (raw little-endian token ids, each document followed by the
+end-of-text token: nanoGPT's format) and `meta.json`, the manifest that says what they are. The batch of a step is a
+pure function of (data_seed, step), so a resumed run needs no loader state, and neither the micro-batch nor the number
+of processes changes what a run reads.
+"""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+MANIFEST_VERSION = 1
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+END_OF_TEXT = "<|endoftext|>"
+GPT2_MANIFEST = {"tokenizer": "gpt2", "vocab_size": 50257, "eot": 50256, "dtype": "uint16"}
+
+
+@dataclass(frozen=True)
+class TokenBins:
+    """The two splits of a dataset, memory-mapped, with their manifest."""
+
+    train: np.ndarray  # (tokens,) uint16 or uint32
+    val: np.ndarray
+    manifest: dict
+    fingerprint: str  # names the data: equal fingerprints, equal tokens
+
+
+def dtype_for(vocab_size):
+    """The name of the smallest bin dtype that holds the ids below vocab_size."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def load_bins(data_dir, dataset):
+    """The bins in data_dir/dataset. Raises ValueError when they are missing, cut short, or not what meta.json says."""
+    folder = Path(data_dir) / dataset
+    paths = {split: folder / f"{split}.bin" for split in ("train", "val")}
+    missing = [str(path) for path in paths.values() if not path.is_file()]
+    if missing:
+        raise ValueError(
+            f"no token bins: {' and '.join(missing)} not found. Prepare OpenWebText with `python prepare_owt.py`, then "
+            "repeat this command; or, for a first run in minutes, `python prepare_owt.py --source=stdlib && python "
+            "train.py config/quick.py config/reduced_tied.py`"
+        )
+    manifest = read_manifest(folder)
+    if manifest is None:
+        manifest = GPT2_MANIFEST
+        print(f"{folder} has no meta.json: its bins are taken for GPT-2 tokens, as nanoGPT writes them")
+    dtype = DTYPES[manifest["dtype"]]
+    tokens = {}
+    for split, path in paths.items():
+        size = path.stat().st_size
+        expected = manifest["splits"][split]["tokens"] * dtype.itemsize if "splits" in manifest else size
+        if size != expected or size % dtype.itemsize or not size:
+            raise ValueError(
+                f"{path} has {size:,} bytes, not the {expected:,} of its manifest: it is damaged or was written by "
+                "something else; delete the folder and prepare the data again"
+                if size != expected
+                else f"{path} has {size:,} bytes, which is not a whole number of {manifest['dtype']} tokens"
+            )
+        tokens[split] = np.memmap(path, dtype=dtype, mode="r")
+    return TokenBins(**tokens, manifest=manifest, fingerprint=_fingerprint(tokens, manifest))
+
+
+def read_manifest(folder):
+    """The content of folder/meta.json, or None where there is none. Raises ValueError for one that is not ours."""
+    path = Path(folder) / "meta.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); prepare the data again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_VERSION:
+        raise ValueError(f"{path} is not a manifest of format {MANIFEST_VERSION}; prepare the data again")
+    try:
+        counts = [manifest["splits"][split]["tokens"] for split in ("train", "val")]
+        complete = DTYPES[manifest["dtype"]] and manifest["tokenizer"] and manifest["vocab_size"] + sum(counts)
+        [manifest["splits"][split]["sha256"] for split in ("train", "val")]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} lacks a valid entry: {error}; prepare the data again") from error
+    assert complete
+    return manifest
+
+
+def write_manifest(folder, **entries):
+    """Write folder/meta.json, whole or not at all."""
+    path = Path(folder) / "meta.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"format": MANIFEST_VERSION, **entries}, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def get_tokenizer(name):
+    """The tiktoken Encoding that a manifest names: 'gpt2', or 'bytes' (the 256 bytes and end-of-text, no download)."""
+    import tiktoken
+
+    if name == "bytes":
+        return tiktoken.Encoding(
+            name="bytes",
+            pat_str=r"[\s\S]{1,64}",
+            mergeable_ranks={bytes([byte]): byte for byte in range(256)},
+            special_tokens={END_OF_TEXT: 256},
+        )
+    return tiktoken.get_encoding(name)
+
+
+def batch_offsets(n_tokens, block_size, n_sequences, data_seed, step):
+    """Where the sequences of one step's global batch begin: (n_sequences,) int64, a pure function of its arguments.
+
+    Uniform over n_tokens − block_size, from a Philox generator keyed by (data_seed, step). Raises ValueError when the
+    data is not longer than one block.
+    """
+    if n_tokens <= block_size:
+        raise ValueError(f"the training split has {n_tokens:,} tokens; block_size={block_size} needs at least one more")
+    generator = np.random.Generator(np.random.Philox(key=np.array([data_seed, step], dtype=np.uint64)))
+    return generator.integers(0, n_tokens - block_size, size=n_sequences)
+
+
+def evaluation_offsets(n_tokens, block_size, n_windows=None):
+    """Where the non-overlapping windows of an evaluation begin: all, or n_windows evenly spaced ones; (n,) int64.
+
+    Raises ValueError when the split does not hold one window.
+    """
+    available = (n_tokens - 1) // block_size
+    if available < 1:
+        raise ValueError(f"the validation split has {n_tokens:,} tokens; block_size={block_size} needs one more")
+    n = min(n_windows or available, available)
+    return np.arange(n) * available // n * block_size
+
+
+def windows(tokens, offsets, block_size):
+    """Inputs and targets of the sequences at offsets: two int64 tensors, (len(offsets), block_size)."""
+    sequences = np.stack([tokens[offset : offset + block_size + 1] for offset in offsets]).astype(np.int64)
+    sequences = torch.from_numpy(sequences)
+    return sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()
+
+
+def prefetch(make, keys):
+    """Yield make(key) for each key, each made in a thread while the caller works on the one before."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pending = None
+        for key in keys:
+            following = pool.submit(make, key)
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()
+
+
+def sha256_of(path):
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fingerprint(tokens, manifest):
+    if "splits" in manifest:
+        sums = [manifest["splits"][split]["sha256"] for split in ("train", "val")]
+        return hashlib.sha256("".join(sums).encode()).hexdigest()[:16]
+    # Bare bins can be 18 GB: their sizes and 4,096 tokens spread over each stand for them.
+    digest = hashlib.sha256()
+    for split in ("train", "val"):
+        n = len(tokens[split])
+        digest.update(str(n).encode())
+        digest.update(np.asarray(tokens[split][np.arange(4096) * n // 4096]).tobytes())
+    return f"sampled-{digest.hexdigest()[:16]}"

@@ -1,0 +1,267 @@
+"""What a run writes beside its checkpoints: metrics, progress, the summary, and their mirror in Weights & Biases.
+
+The files of the run folder are the truth. `metrics.jsonl` has one JSON object a line, `{"step": …, "kind":
+"train" or "eval", …}`; step counts optimizer steps, so a train record of step n is about the n-th step and an eval
+record about the weights after it.
+"""
+
+import datetime
+import json
+import os
+import platform
+import secrets
+import statistics
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import parallel
+
+ROOT = Path(__file__).resolve().parent
+RUN_FILES = ("config.json", "run.json", "metrics.jsonl", "ckpt.pt", "summary.json")
+
+
+def holds_run(folder):
+    """Whether a folder holds a run, finished or not."""
+    return any((Path(folder) / name).exists() for name in RUN_FILES)
+
+
+def read_json(path):
+    """The content of a JSON file, or None where there is no such file. Raises ValueError for one that is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def write_json(path, content):
+    """Write content to a JSON file, whole or not at all."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_metrics(folder):
+    """The records of a run folder's metrics.jsonl, in order; a last line that a kill cut short is left out."""
+    path = Path(folder) / "metrics.jsonl"
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+class RunLog:
+    """Writes one run's folder and tells its progress: a bar in a terminal, plain lines elsewhere.
+
+    folder: where it writes. config: the resolved configuration, a dict of plain values. facts: more for run.json.
+    start_step: 0, or the step of the checkpoint from which the run goes on; later metrics are cut off.
+    Raises ValueError when the folder cannot be made, or when W&B is asked for (wandb_log) and cannot start.
+    """
+
+    def __init__(self, folder, config, facts, start_step=0):
+        from tqdm import tqdm
+
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"cannot make the run folder {folder}: {error.strerror}; choose another out_dir"
+            ) from error
+        run = read_json(self.folder / "run.json") or {"segments": []}
+        run |= {"git_commit": git_commit(), "versions": versions(), **facts}
+        run["segments"].append({"start": now(), "step": start_step})
+        self._wandb = _start_wandb(self.folder, config, run) if config["wandb_log"] else None
+        (self.folder / "summary.json").unlink(missing_ok=True)  # a run that goes on is not finished
+        write_json(self.folder / "config.json", config)
+        write_json(self.folder / "run.json", run)
+        self._metrics = self._open_metrics(start_step)
+        self._max_steps, self._tokens_per_step = config["max_iters"], config["tokens_per_step"]
+        self._bar = tqdm(
+            total=self._max_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
+        )
+
+    def _open_metrics(self, start_step):
+        # An evaluation at start_step is repeated by the resumed run, so its record goes, too.
+        kept = [
+            record
+            for record in read_metrics(self.folder)
+            if record["step"] < start_step or (record["step"] == start_step and record["kind"] == "train")
+        ]
+        path = self.folder / "metrics.jsonl"
+        temporary = self.folder / "metrics.jsonl.tmp"
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        os.replace(temporary, path)
+        return open(path, "a", encoding="utf-8")
+
+    def train(self, step, **values):
+        """Record one optimizer step: loss (nats a token), learning_rate, grad_norm, tokens_per_second."""
+        self._record(step, "train", values)
+        left = (self._max_steps - step) * self._tokens_per_step / values["tokens_per_second"]
+        self._bar.set_postfix_str(
+            f"loss {values['loss']:.4f}, {values['tokens_per_second']:,.0f} tokens/s", refresh=False
+        )
+        self._bar.update(step - self._bar.n)
+        if self._bar.disable:
+            print(
+                f"step {step}/{self._max_steps} | loss {values['loss']:.4f} | lr {values['learning_rate']:.2e}"
+                f" | gradient norm {values['grad_norm']:.2f} | {values['tokens_per_second']:,.0f} tokens/s"
+                f" | {datetime.timedelta(seconds=round(left))} left",
+                flush=True,
+            )
+
+    def eval(self, step, **values):
+        """Record one evaluation: val_loss (nats a token), val_loss_se (its standard error), windows."""
+        self._record(step, "eval", values)
+        error = "" if values["val_loss_se"] is None else f" ± {values['val_loss_se']:.4f}"
+        self.say(f"step {step}/{self._max_steps} | validation loss {values['val_loss']:.4f}{error}")
+
+    def say(self, line):
+        """Print a line without breaking the progress bar."""
+        if self._bar.disable:
+            print(line, flush=True)
+        else:
+            self._bar.write(line)
+
+    def finish(self, values):
+        """Write summary.json, which marks the run as finished, and print it as `key: value` lines; returns values."""
+        write_json(self.folder / "summary.json", values)
+        self._bar.close()
+        print_summary(values)
+        if self._wandb:
+            self._wandb.summary.update(values)
+        return values
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._bar.close()
+        self._metrics.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def _record(self, step, kind, values):
+        self._metrics.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())  # a checkpoint must never be on the disk before the metrics up to its step
+        if self._wandb:
+            self._wandb.log({"step": step, **{f"{kind}/{name}": value for name, value in values.items()}})
+
+
+def facts(run):
+    """What run.json says of a run (a train.Trainer) beside its configuration."""
+    return {
+        "parameters": run.model.num_params()._asdict(),
+        "data": {"fingerprint": run.bins.fingerprint, "tokenizer": run.bins.manifest["tokenizer"]},
+        "device": parallel.describe_device(run.device),
+        "dtype": str(run.dtype).removeprefix("torch."),
+    }
+
+
+def header(run):
+    """The lines that a run (a train.Trainer) begins with: what is trained, on what, and how."""
+    cfg, parameters = run.cfg, run.model.num_params()
+    train, val = (f"{len(tokens):,}" for tokens in (run.bins.train, run.bins.val))
+    queries = "W_Q = I" if cfg.wq_identity else "with W_Q"
+    scale = f"attention scale {cfg.attn_scale:g}/√{cfg.n_embd // cfg.n_head}"
+    schedule = f"learning rate {cfg.learning_rate:g}"
+    if cfg.decay_lr:
+        last = cfg.learning_rate_at(cfg.max_iters)
+        schedule += f", {cfg.warmup_iters} warm-up steps, a cosine that is at {last:.2g} when the run ends"
+    rows = {
+        "run": f"{run.folder}, step {run.step} of {cfg.max_iters}",
+        "model": f"{cfg.n_layer} layers, {cfg.n_head} heads, n_embd {cfg.n_embd}, {queries}, {scale}, "
+        f"{'tied' if cfg.tie_weights else 'untied'} embeddings",
+        "parameters": f"{parameters.total:,}, of these {parameters.attn_mlp:,} in attention and MLP",
+        "data": f"{cfg.data_dir}/{cfg.dataset} ({run.bins.manifest['tokenizer']}, fingerprint {run.bins.fingerprint}): "
+        f"{train} training tokens, {val} validation tokens",
+        "step": f"{cfg.tokens_per_step:,} tokens: {run.micro_batches} × {cfg.batch_size} sequences of {cfg.block_size}",
+        "schedule": f"{schedule}; weight decay {cfg.weight_decay:g}",
+        "device": f"{facts(run)['device']}, {facts(run)['dtype']}{', compiled' * (run.fast_model is not run.model)}",
+    }
+    return "\n".join(f"{name:<10}  {row}" for name, row in rows.items())
+
+
+def summary(run, validation):
+    """The content of summary.json for a run (a train.Trainer); validation: the entries about all of val.bin."""
+    last = [record["loss"] for record in read_metrics(run.folder) if record["kind"] == "train"][-10:]
+    tokens = run.step * run.cfg.tokens_per_step
+    return {
+        **validation,
+        "best_val_loss": run.best_val_loss,
+        "train_loss": statistics.fmean(last) if last else None,  # over the last ten train records
+        "train_loss_se": statistics.stdev(last) / len(last) ** 0.5 if len(last) > 1 else None,
+        "steps": run.step,
+        "tokens": tokens,
+        "tokens_per_second": tokens / run.train_seconds if run.train_seconds else None,
+        "train_seconds": run.train_seconds,
+        "wall_seconds": time.perf_counter() - run.started,
+        "peak_memory_gib": parallel.peak_memory_bytes(run.device) / 2**30,
+        "out_dir": str(run.folder),
+    }
+
+
+def print_summary(values):
+    """Print `key: value` lines, one for each entry."""
+    print("---")
+    for name, value in values.items():
+        print(f"{name}: {value}")
+
+
+def git_commit():
+    """The commit that runs, with '+changes' when files differ from it; None outside a git checkout."""
+    try:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def versions():
+    """The versions of Python and of the libraries that a run's numbers depend on."""
+    import torch
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": metadata.version("numpy")}
+
+
+def now():
+    """The time in UTC, to the second, as ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _start_wandb(folder, config, run):
+    """Start or go on with a W&B run; keeps its id in `run`. Raises ValueError when it cannot."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("wandb_log needs the package wandb: `pip install wandb`, or leave wandb_log out") from error
+    # Offline runs cannot be resumed: each segment is a run of its own, in the same group.
+    offline = os.environ.get("WANDB_MODE") == "offline"
+    group = run.setdefault("wandb_id", secrets.token_hex(4))
+    try:
+        mirror = wandb.init(
+            project=config["wandb_project"],
+            name=config["wandb_run_name"] or folder.name,
+            config=config,
+            dir=folder,
+            group=group,
+            id=secrets.token_hex(4) if offline else group,
+            resume=None if offline else "allow",
+        )
+    except wandb.errors.Error as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"W&B does not start ({reason}): log in, set WANDB_MODE=offline, or leave wandb_log out"
+        ) from error
+    # W&B drops what is logged at a step below the last one; as a field, ours may go back after a resume.
+    mirror.define_metric("step")
+    mirror.define_metric("*", step_metric="step")
+    return mirror
