@@ -1,0 +1,520 @@
+import copy
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, write_dataset
+
+import checkpoint
+import data
+import train
+from model import GPT
+
+ROOT = Path(train.__file__).parent
+TIMES = ("tokens_per_second",)
+
+
+def metrics(folder):
+    """The records of a run, without what depends on the machine's speed."""
+    records = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
+
+
+def weights(folder, name="ckpt.pt"):
+    return checkpoint.load(Path(folder) / name)["model"]
+
+
+def assert_equal_weights(one, other, **tolerance):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        if tolerance:
+            torch.testing.assert_close(tensor, other[name], **tolerance)
+        else:
+            assert torch.equal(tensor, other[name]), name
+
+
+def stop_after(monkeypatch, step):
+    """Send this process SIGTERM while it trains the step with this number."""
+    update = train.Trainer.update
+
+    def update_and_signal(self, x, y):
+        update(self, x, y)
+        if self.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train.Trainer, "update", update_and_signal)
+
+
+def arguments(**options):
+    return [f"--{name}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in options.items()]
+
+
+@pytest.mark.parametrize("stop_at", [20, 23])
+@pytest.mark.parametrize("options", [dict(wq_identity=True), dict(dropout=0.2, batch_size=4, bias=True)])
+def test_a_stopped_and_resumed_run_equals_one_that_ran_through(tiny, tmp_path, monkeypatch, capsys, stop_at, options):
+    straight, parts = str(tmp_path / "straight"), str(tmp_path / "parts")
+    expected = train.train(tiny(out_dir=straight, **options))
+    with monkeypatch.context() as patch:
+        stop_after(patch, stop_at)
+        assert train.train(tiny(out_dir=parts, **options)) is None
+    assert f"python train.py --out_dir={parts} --resume" in capsys.readouterr().out
+    assert not Path(parts, "summary.json").exists()
+    assert checkpoint.load(Path(parts, "ckpt.pt"))["step"] == stop_at
+    result = train.train(tiny(out_dir=parts, resume=True, **options))
+    assert_equal_weights(weights(straight), weights(parts))
+    assert metrics(straight) == metrics(parts)
+    assert result["val_loss"] == expected["val_loss"]
+    assert [r["step"] for r in metrics(parts) if r["kind"] == "eval"] == [0, 10, 20, 30, 40]
+    assert len(json.loads(Path(parts, "run.json").read_text())["segments"]) == 2
+
+
+def test_another_micro_batch_changes_nothing_but_rounding(tiny, tmp_path, monkeypatch):
+    straight, parts = str(tmp_path / "straight"), str(tmp_path / "parts")
+    train.train(tiny(out_dir=straight))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 20)
+        train.train(tiny(out_dir=parts))
+    train.train(tiny(out_dir=parts, resume=True, batch_size=2))
+    assert_equal_weights(weights(straight), weights(parts), rtol=2e-4, atol=2e-5)
+    for one, other in zip(metrics(straight), metrics(parts), strict=True):
+        assert one.pop("kind") == other.pop("kind")
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_a_killed_run_loses_only_what_came_after_its_checkpoint(tiny, tmp_path):
+    straight, killed = str(tmp_path / "straight"), str(tmp_path / "killed")
+    train.train(tiny(out_dir=straight))
+    update = train.Trainer.update
+
+    class Killed(BaseException):
+        pass
+
+    def dies(self, x, y):
+        update(self, x, y)
+        if self.step == 27:
+            raise Killed
+
+    train.Trainer.update = dies
+    try:
+        with pytest.raises(Killed):
+            train.train(tiny(out_dir=killed))
+    finally:
+        train.Trainer.update = update
+    with open(Path(killed, "metrics.jsonl"), "a") as file:
+        file.write('{"step": 27, "kind": "tr')  # what a power cut may leave
+    assert checkpoint.load(Path(killed, "ckpt.pt"))["step"] == 20
+    train.train(tiny(out_dir=killed, resume=True))
+    assert_equal_weights(weights(straight), weights(killed))
+    assert metrics(straight) == metrics(killed)
+
+
+def test_evaluations_change_nothing(tiny, tmp_path):
+    often, never = str(tmp_path / "often"), str(tmp_path / "never")
+    train.train(tiny(out_dir=often, eval_interval=3, dropout=0.1))
+    train.train(tiny(out_dir=never, eval_interval=1000, dropout=0.1))
+    assert_equal_weights(weights(often), weights(never))
+    assert [r for r in metrics(often) if r["kind"] == "train"] == [r for r in metrics(never) if r["kind"] == "train"]
+
+
+def test_variants_with_one_seed_read_the_same_data(tiny, monkeypatch):
+    read = {}
+    windows = data.windows
+
+    def record(tokens, offsets, block_size):
+        read.setdefault(name, []).append(np.array(offsets))
+        return windows(tokens, offsets, block_size)
+
+    monkeypatch.setattr(data, "windows", record)
+    for name, options in {
+        "baseline": {},
+        "reduced": dict(wq_identity=True, attn_scale=0.5, weight_decay=2**-5),
+        "smaller micro-batch": dict(batch_size=2, mlp_ratio=2.0),
+        "other weights": dict(seed=2, data_seed=1337),
+        "other data": dict(data_seed=2),
+    }.items():
+        trainer = train.Trainer(tiny(data_seed=1337) if not options else tiny(**{"data_seed": 1337, **options}))
+        batches = trainer.batches()
+        for _ in range(5):
+            next(batches)
+        batches.close()
+        read[name] = np.concatenate(read[name][:5])
+    for name in ("reduced", "smaller micro-batch", "other weights"):
+        assert np.array_equal(read["baseline"], read[name])
+    assert not np.array_equal(read["baseline"], read["other data"])
+
+
+@pytest.mark.parametrize("wq_identity", [False, True])
+def test_gradients_do_not_depend_on_the_accumulation(tiny, wq_identity):
+    trainer = train.Trainer(tiny(wq_identity=wq_identity))
+    x, y = next(iter(trainer.batches()))
+    gradients, losses = {}, {}
+    for micro_batches in (1, 8):
+        trainer.model.zero_grad()
+        losses[micro_batches] = train.accumulate_gradients(
+            trainer.model, x, y, micro_batches, trainer.autocast, trainer.scaler
+        )
+        gradients[micro_batches] = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+    torch.testing.assert_close(losses[1], losses[8])
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradient, gradients[8][name], rtol=1e-4, atol=1e-7)
+    _, loss = trainer.model(x, y)
+    torch.testing.assert_close(losses[8], loss.detach())
+
+
+def test_the_evaluation_is_the_mean_over_tokens_whatever_its_batch_size(tiny):
+    trainer = train.Trainer(tiny())
+    offsets = trainer.all_windows
+    assert len(offsets) == 499 // 16
+    with torch.no_grad():
+        x, y = data.windows(trainer.bins.val, offsets, 16)
+        logits, _ = trainer.model.eval()(x, y)
+        log_p = logits.double().log_softmax(-1)
+        expected = -log_p.gather(-1, y[..., None])[..., 0].mean(1).numpy()
+    for batch_size in (1, 3, 8, 64):
+        losses = train.evaluate(trainer.model, trainer.bins.val, offsets, batch_size, trainer.autocast, trainer.device)
+        np.testing.assert_allclose(losses, expected, rtol=1e-6)
+    result = train.mean_and_error(losses)
+    assert result["val_loss"] == pytest.approx(expected.mean())
+    assert result["val_loss_se"] == pytest.approx(expected.std(ddof=1) / len(expected) ** 0.5)
+
+
+def test_the_learning_rate_warms_up_and_follows_the_cosine(tiny):
+    cfg = tiny(max_iters=100, warmup_iters=10, learning_rate=1.0, min_lr=0.1)
+    rates = [cfg.learning_rate_at(step) for step in range(121)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert rates[10] == 1.0 == max(rates)
+    assert rates[55] == pytest.approx(0.55)
+    assert rates[100] == rates[120] == pytest.approx(0.1)
+    assert all(np.diff(rates[:11]) > 0)
+    assert all(np.diff(rates[10:101]) < 0)
+    assert tiny(decay_lr=False, learning_rate=0.3).learning_rate_at(0) == 0.3
+    assert tiny(lr_decay_iters=200, max_iters=100, warmup_iters=0, learning_rate=1.0, min_lr=0.0).learning_rate_at(
+        100
+    ) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_every_parameter_decays_as_its_row_of_table_2_says(tiny, tie_weights):
+    cfg = tiny(
+        weight_decay=0.4, weight_decay_attn=0.1, weight_decay_mlp=0.2, tie_weights=tie_weights, bias=True, batch_size=8
+    )
+    model = GPT(cfg.model_config())
+    optimizer = train.make_optimizer(model, cfg, "cpu")
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(decay) == sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            expected = 0.0
+        elif ".attn." in name:
+            expected = 0.1
+        elif ".mlp." in name:
+            expected = 0.2
+        else:
+            expected = 0.4
+        assert decay[id(parameter)] == expected, name
+
+
+def test_one_step_is_torch_s_adamw_on_the_clipped_gradient(tiny):
+    trainer = train.Trainer(tiny(warmup_iters=0, grad_clip=0.05, weight_decay=0.3))
+    model = copy.deepcopy(trainer.model)
+    x, y = next(iter(trainer.batches()))
+    trainer.update(x, y)
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    reference = torch.optim.AdamW(
+        [dict(params=matrices, weight_decay=0.3), dict(params=vectors, weight_decay=0.0)],
+        lr=1e-2,
+        betas=(0.9, 0.95),
+        fused=False,
+        foreach=False,
+    )
+    model(x, y)[1].backward()
+    norm = torch.sqrt(sum(p.grad.square().sum() for p in model.parameters()))
+    assert norm > 0.05
+    for p in model.parameters():
+        p.grad *= 0.05 / norm
+    reference.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(trainer.model.state_dict()[name], parameter.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_run_folder_holds_what_it_should(tiny, tmp_path):
+    summary = train.train(tiny(save_steps=(15, 30), wq_identity=True))
+    folder = tmp_path / "run"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        *("config.json", "run.json", "metrics.jsonl", "summary.json"),
+        *("ckpt.pt", "best.pt", "step_000015.pt", "step_000030.pt"),
+    }
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert json.loads((folder / "config.json").read_text())["wq_identity"] is True
+    run = json.loads((folder / "run.json").read_text())
+    assert run["data"]["fingerprint"] == data.load_bins("data", "tiny").fingerprint
+    assert run["parameters"]["total"] == sum(p.numel() for p in GPT(tiny(wq_identity=True).model_config()).parameters())
+    assert [checkpoint.load(folder / f"step_{step:06d}.pt")["step"] for step in (15, 30)] == [15, 30]
+    records = metrics(folder)
+    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 41))
+    evaluations = {r["step"]: r["val_loss"] for r in records if r["kind"] == "eval"}
+    assert checkpoint.load(folder / "best.pt")["step"] == min(evaluations, key=evaluations.get)
+    assert summary["best_val_loss"] == min(evaluations.values())
+    assert evaluations[40] < evaluations[0] - 0.5, "it learns"
+    assert (summary["steps"], summary["tokens"], summary["windows"]) == (40, 40 * 128, 31)
+    assert summary["val_loss"] == pytest.approx(evaluations[40], rel=0.2)
+
+
+def test_eval_only_repeats_the_final_evaluation_and_writes_nothing(tiny, tmp_path):
+    summary = train.train(tiny())
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    result = train.train(tiny(eval_only=True))
+    assert result["val_loss"] == summary["val_loss"]
+    result = train.train(tiny(eval_only=True, init_from=str(tmp_path / "run/ckpt.pt"), out_dir="elsewhere"))
+    assert result["val_loss"] == summary["val_loss"]
+    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    assert not Path("elsewhere").exists()
+
+
+def test_a_run_starts_from_the_weights_of_another(tiny, tmp_path):
+    train.train(tiny(out_dir="first"))
+    train.train(tiny(out_dir="second", init_from="first/ckpt.pt", seed=5))
+    first = [r["val_loss"] for r in metrics("first") if r["kind"] == "eval"]
+    second = [r["val_loss"] for r in metrics("second") if r["kind"] == "eval"]
+    assert second[0] == first[-1]
+
+
+def test_a_finished_run_can_be_extended_and_is_left_alone_otherwise(tiny, command, tmp_path):
+    train.train(tiny())
+    before = (tmp_path / "run/ckpt.pt").read_bytes()
+    status, out, _ = command(train.main, "--out_dir=run", "--resume")
+    assert (status, before) == (0, (tmp_path / "run/ckpt.pt").read_bytes())
+    assert "finished" in out
+    status, out, _ = command(train.main, "--out_dir=run", "--resume", "--max_iters=45")
+    assert status == 0
+    assert "max_iters is 40 in the checkpoint and 45 here" in out
+    assert metrics("run")[-1]["step"] == 45
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lower_precision_stays_near_float32(tiny, tmp_path, dtype):
+    full = train.train(tiny(out_dir="full"))
+    lower = train.train(tiny(out_dir="lower", dtype=dtype))
+    assert lower["val_loss"] == pytest.approx(full["val_loss"], abs=0.05)
+    assert lower["val_loss"] != full["val_loss"]
+    curves = [[r["loss"] for r in metrics(name) if r["kind"] == "train"] for name in ("full", "lower")]
+    np.testing.assert_allclose(*curves, atol=0.1)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_to_the_same_loss(tiny):
+    plain = train.train(tiny(out_dir="plain", wq_identity=True))
+    compiled = train.train(tiny(out_dir="compiled", wq_identity=True, compile=True))
+    assert compiled["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-3)
+    assert weights("compiled").keys() == weights("plain").keys()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoint(tiny, tmp_path, command, monkeypatch):
+    update = train.Trainer.update
+
+    def poison(self, x, y):
+        if self.step == 25:
+            with torch.no_grad():
+                self.model.transformer.ln_f.weight[0] = math.nan
+        update(self, x, y)
+
+    monkeypatch.setattr(train.Trainer, "update", poison)
+    options = {**TINY, "out_dir": "run", "log_interval": 7}
+    status, _, error = command(train.main, *arguments(**options))
+    assert status == 1
+    assert error.count("\n") == 1 and "step 26: loss nan" in error
+    dump = json.loads(Path("run/nonfinite.json").read_text())
+    assert dump["step"] == 26
+    assert dump["offsets"] == data.batch_offsets(4000, 16, 8, 1337, 25).tolist()
+    assert [math.isfinite(float(before["loss"])) for before in dump["before"]] == [True] * 4
+    state = checkpoint.load("run/ckpt.pt")
+    assert state["step"] == 20
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+    monkeypatch.setattr(train.Trainer, "update", update)
+    assert command(train.main, "--out_dir=run", "--resume")[0] == 0
+
+
+def test_no_waiting_for_the_device_between_log_lines(tiny, monkeypatch):
+    trainer = train.Trainer(tiny())
+    x, y = next(iter(trainer.batches()))
+
+    def waits(*_):
+        raise AssertionError("a value was fetched from the device")
+
+    for name in ("item", "tolist", "__bool__", "__float__", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, waits)
+    trainer.optimizer.step = lambda: None  # fused on CUDA; the CPU's own is free to read
+    trainer.update(x, y)
+
+
+@pytest.fixture
+def finished(tiny):
+    """Options of a finished run in the folder run."""
+    options = {**TINY, "out_dir": "run", "max_iters": 4, "eval_interval": 2}
+    train.train(tiny(**options))
+    return options
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, ["run holds a run", "--resume", "--out_dir"]),
+        (dict(resume=True, n_embd=32), ["ckpt.pt", "n_embd is 16 in the checkpoint and 32 here", "--out_dir"]),
+        (dict(resume=True, attn_scale=0.5), ["attn_scale is 1.0 in the checkpoint and 0.5 here"]),
+        (dict(resume=True, data_seed=3), ["data_seed is 1337 in the checkpoint and 3 here"]),
+        (dict(resume=True, max_iters=3), ["4 steps already", "max_iters=3"]),
+        (dict(out_dir="new", init_from="run/ckpt.pt", n_layer=3), ["n_layer is 2 in the checkpoint and 3 here"]),
+        (dict(out_dir="new", init_from="nowhere.pt"), ["nowhere.pt"]),
+        (dict(out_dir="new", eval_only=True), ["new/ckpt.pt"]),
+    ],
+)
+def test_a_run_is_not_overwritten_or_mixed_with_another(finished, refuses, changes, words):
+    before = {path: path.read_bytes() for path in Path("run").iterdir()}
+    refuses(train.main, *arguments(**{**finished, **changes}), words=words)
+    assert before == {path: path.read_bytes() for path in Path("run").iterdir()}
+    assert not Path("new").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(vocab_size=49), ["vocab_size=50", "vocab_size=49"]),
+        (dict(tokens_per_step=200), ["tokens_per_step=200", "128 or 256"]),
+        (dict(tokens_per_step=100), ["tokens_per_step=100", "128"]),
+        (dict(block_size=600, tokens_per_step=4800), ["validation split", "block_size=600"]),
+        (dict(block_size=5000, tokens_per_step=40000), ["training split", "block_size=5000"]),
+        (dict(n_head=3), ["n_embd=16", "n_head=3"]),
+        (dict(learning_rate=0), ["learning_rate must be positive"]),
+        (dict(seed=-1), ["seed must not be negative"]),
+        (dict(beta2=1), ["beta2=1.0"]),
+        (dict(device="gpu"), ["device=gpu"]),
+        (dict(device="cuda:7"), ["device=cuda:7"]),
+        (dict(dtype="float8"), ["dtype must be one of"]),
+        (dict(weigth_decay=0.1), ["weigth_decay", "did you mean weight_decay?"]),
+        (dict(out_dir="data/tiny/train.bin"), ["data/tiny/train.bin"]),
+    ],
+)
+def test_mistakes_end_in_one_line(tiny, refuses, changes, words):
+    tiny()
+    refuses(train.main, *arguments(**{**TINY, "out_dir": "run", **changes}), words=words)
+    assert not Path("run").exists()
+
+
+def test_a_zero_is_a_valid_number(tiny):
+    assert train.train(tiny(weight_decay=0.0, max_iters=0, grad_clip=0.0))["steps"] == 0
+
+
+def test_a_machine_without_data_is_told_the_two_ways_to_begin(tmp_path, monkeypatch, refuses):
+    monkeypatch.chdir(tmp_path)
+    config = ROOT / "config/reduced_tied.py"
+    two_ways = ["`python prepare_owt.py`", "`python prepare_owt.py --source=stdlib && python train.py config/quick.py"]
+    refuses(train.main, config, words=["data/openwebtext/train.bin", *two_ways])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_that_changed_is_told_on_resume(tiny, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        train.train(tiny())
+    shutil.rmtree("data/tiny")
+    write_dataset(tmp_path / "data/tiny", seed=9)
+    train.train(tiny(resume=True))
+    assert "warning: the data" in capsys.readouterr().out
+
+
+def test_resuming_where_nothing_is_begins_a_run(tiny, command):
+    tiny()
+    status, out, _ = command(train.main, *arguments(**{**TINY, "max_iters": 2, "out_dir": "new"}), "--resume")
+    assert status == 0
+    assert "begins at step 0" in out
+    assert Path("new/summary.json").exists()
+
+
+def test_the_folder_is_named_by_the_config_files(tiny, tmp_path, command):
+    tiny()
+    Path("wide.py").write_text("n_embd = 32")
+    Path("tiny.py").write_text("\n".join(f"{name} = {value!r}" for name, value in {**TINY, "max_iters": 1}.items()))
+    assert command(train.main, "tiny.py", "wide.py", "--seed=3")[0] == 0
+    assert json.loads(Path("out/tiny-wide/config.json").read_text())["n_embd"] == 32
+    # Neither the files nor the options need be repeated to go on with it.
+    assert command(train.main, "--out_dir=out/tiny-wide", "--resume", "--max_iters=2")[0] == 0
+    stored = json.loads(Path("out/tiny-wide/config.json").read_text())
+    assert (stored["n_embd"], stored["seed"], stored["max_iters"]) == (32, 3, 2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_from_outside_stops_a_real_process_at_a_step(tiny, tmp_path, number):
+    tiny()
+    options = arguments(**{**TINY, "max_iters": 10**6, "out_dir": "run", "log_interval": 10, "eval_interval": 10**6})
+    with subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("step 20/"):
+                process.send_signal(number)
+                break
+        rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--out_dir=run --resume" in rest
+    step = checkpoint.load("run/ckpt.pt")["step"]
+    assert step >= 20
+    assert metrics("run")[-1]["step"] <= step
+
+
+def test_without_wandb_nothing_is_asked_of_it(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    train.train(tiny(max_iters=1))
+    with pytest.raises(ValueError, match="pip install wandb"):
+        train.train(tiny(max_iters=1, wandb_log=True, out_dir="mirrored"))
+    assert not any(Path("mirrored").iterdir())
+
+
+@pytest.mark.slow
+def test_an_offline_wandb_run_is_mirrored_in_segments_of_one_group(tiny, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logged, started = [], []
+    init = wandb.init
+
+    def recording_init(**options):
+        started.append(options)
+        run = init(**options)
+        log = run.log
+        run.log = lambda values: (logged.append(values), log(values))
+        return run
+
+    monkeypatch.setattr(wandb, "init", recording_init)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 12)
+        train.train(tiny(wandb_log=True))
+    train.train(tiny(wandb_log=True, resume=True))
+    assert started[0]["group"] == started[1]["group"]
+    assert started[0]["id"] != started[1]["id"]
+    assert started[0]["resume"] is None
+    assert len(list(Path("run/wandb").glob("offline-run-*"))) == 2
+    assert {values["step"] for values in logged if "train/loss" in values} == set(range(1, 41))
+
+
+def test_the_state_of_a_run_is_plain(tiny, tmp_path):
+    cfg = tiny(max_iters=2)
+    train.train(cfg)
+    state = torch.load("run/ckpt.pt", weights_only=True)
+    expected = (
+        "format model model_config optimizer scaler step rng best_val_loss config data_fingerprint train_seconds "
+        "wall_seconds"
+    )
+    assert set(state) == set(expected.split())
+    assert state["config"] == {**dataclasses.asdict(cfg), "data_seed": cfg.seed}
+    assert all(name.startswith(("transformer.", "lm_head.")) for name in state["model"])
