@@ -1,0 +1,38 @@
+# make demo: train the baseline and W_Q = I on the embedded corpus, and compare them (minutes on a CPU)
+# make test: lint and test
+# Both make their own environment in .venv and do nothing twice.
+
+PYTHON ?= python3
+# Options of the demo's two runs, such as DEMO="--max_iters=100".
+DEMO ?=
+
+BIN := .venv/bin
+RUNS := out/demo/baseline_tied out/demo/reduced_tied
+
+.PHONY: demo test clean
+
+demo: $(RUNS:%=%/summary.json)
+	$(BIN)/python report.py $(RUNS) --out_dir=out/demo
+
+out/demo/%/summary.json: | data/stdlib/meta.json
+	$(BIN)/python train.py config/quick.py config/$*.py --out_dir=out/demo/$* --resume $(DEMO)
+
+data/stdlib/meta.json: | .venv/installed
+	$(BIN)/python prepare_owt.py --source=stdlib
+
+test: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf out/demo
