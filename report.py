@@ -106,15 +106,13 @@ def draw(runs, path):
 def report(cfg):
     """Write the report of cfg.runs; its table. Raises ValueError when there are none or one is not a run folder."""
     if not cfg.runs:
-        raise ValueError(
-            "name the run folders to compare: python report.py out/quick-baseline_tied out/quick-reduced_tied"
-        )
+        raise ValueError("name the run folders to compare: python report.py out/FIRST out/SECOND")
     runs = [load_run(folder) for folder in cfg.runs]
     folder = Path(cfg.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     text = table(runs)
     (folder / "report.md").write_text(
-        f"{text}\n\nLosses in nats a token, over all of the validation split, ± the standard error over its windows.\n\n"
+        f"{text}\n\nLosses in nats a token over all of the validation split, ± the standard error over its windows.\n\n"
         "![Loss curves](loss.png)\n",
         encoding="utf-8",
     )
