@@ -9,10 +9,10 @@ block_size = 128
 
 tokens_per_step = 32 * 128
 batch_size = 32
-max_iters = 600
+max_iters = 400
 lr_decay_iters = None  # the cosine ends with the run
 learning_rate = 3e-3
-warmup_iters = 60
+warmup_iters = 40
 
 eval_interval = 50
 eval_windows = 256
