@@ -94,6 +94,25 @@ def load_weights(model, state):
         raise ValueError(f"the checkpoint's weights do not fit the model: {reason}") from error
 
 
+def check_same_run(state, config, path):
+    """Raise ValueError unless config, a dict of train.TrainConfig's fields, can go on with a run's checkpoint.
+
+    The model, the seeds and tokens_per_step make a run what it is; of other options that changed a line is printed.
+    """
+    fixed = [*state["model_config"], "seed", "data_seed", "tokens_per_step"]
+    differences = differing(state["config"], {name: config[name] for name in fixed})
+    if differences:
+        raise ValueError(
+            f"{path} is of another run: {'; '.join(differences)}. Repeat its options, or start another with --out_dir=…"
+        )
+    if state["step"] > config["max_iters"]:
+        raise ValueError(f"{path} has {state['step']} steps already, more than max_iters={config['max_iters']}")
+    about_the_call = ("resume", "eval_only", "out_dir")
+    changed = differing(state["config"], {name: config[name] for name in config if name not in about_the_call})
+    if changed:
+        print(f"changed since the checkpoint: {'; '.join(changed)}")
+
+
 def differing(there, here):
     """'name is A in the checkpoint and B here' for each name in both dicts whose values differ."""
     return [

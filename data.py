@@ -14,11 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 MANIFEST_VERSION = 1
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 END_OF_TEXT = "<|endoftext|>"
+GPT2_VOCABULARY_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
+GPT2_VOCABULARY = {  # and the names under which tiktoken keeps the files: the SHA-1 of their URLs
+    "vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+    "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+}
 GPT2_MANIFEST = {"tokenizer": "gpt2", "vocab_size": 50257, "eot": 50256, "dtype": "uint16"}
 
 
@@ -90,15 +94,27 @@ def read_manifest(folder):
 
 
 def write_manifest(folder, **entries):
-    """Write folder/meta.json, whole or not at all."""
-    path = Path(folder) / "meta.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"format": MANIFEST_VERSION, **entries}, indent=2) + "\n", encoding="utf-8")
+    """Write folder/meta.json, whole or not at all; returns its content."""
+    manifest = {"format": MANIFEST_VERSION, **entries}
+    write_json(Path(folder) / "meta.json", manifest)
+    return manifest
+
+
+def write_json(path, content):
+    """Write content to a JSON file, whole or not at all, even where the machine stops in the middle."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
 def get_tokenizer(name):
-    """The tiktoken Encoding that a manifest names: 'gpt2', or 'bytes' (the 256 bytes and end-of-text, no download)."""
+    """The tiktoken Encoding that a manifest names: 'gpt2', or 'bytes' (the 256 bytes and end-of-text, no download).
+
+    Raises ValueError for another name, and when GPT-2's vocabulary is neither on this machine nor to be had.
+    """
     import tiktoken
 
     if name == "bytes":
@@ -108,7 +124,17 @@ def get_tokenizer(name):
             mergeable_ranks={bytes([byte]): byte for byte in range(256)},
             special_tokens={END_OF_TEXT: 256},
         )
-    return tiktoken.get_encoding(name)
+    if name != "gpt2":
+        raise ValueError(f"unknown tokenizer {name!r}: gpt2 and bytes are known")
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as error:  # of the network, of the disk, or tiktoken's own about a damaged file
+        folder = os.environ.get("TIKTOKEN_CACHE_DIR") or "a folder of your choice, named by TIKTOKEN_CACHE_DIR"
+        files = " and ".join(f"{name} as {cached}" for name, cached in GPT2_VOCABULARY.items())
+        raise ValueError(
+            f"GPT-2's vocabulary is not on this machine and cannot be downloaded ({type(error).__name__}): put {files} "
+            f"into {folder}; both are at {GPT2_VOCABULARY_URL}/"
+        ) from error
 
 
 def batch_offsets(n_tokens, block_size, n_sequences, data_seed, step):
@@ -119,7 +145,7 @@ def batch_offsets(n_tokens, block_size, n_sequences, data_seed, step):
     """
     if n_tokens <= block_size:
         raise ValueError(f"the training split has {n_tokens:,} tokens; block_size={block_size} needs at least one more")
-    generator = np.random.Generator(np.random.Philox(key=np.array([data_seed, step], dtype=np.uint64)))
+    generator = np.random.Generator(np.random.Philox(key=_key(data_seed, step)))
     return generator.integers(0, n_tokens - block_size, size=n_sequences)
 
 
@@ -137,9 +163,33 @@ def evaluation_offsets(n_tokens, block_size, n_windows=None):
 
 def windows(tokens, offsets, block_size):
     """Inputs and targets of the sequences at offsets: two int64 tensors, (len(offsets), block_size)."""
+    import torch  # here, so that preparing data does not wait for it
+
     sequences = np.stack([tokens[offset : offset + block_size + 1] for offset in offsets]).astype(np.int64)
     sequences = torch.from_numpy(sequences)
     return sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()
+
+
+def mask_tokens(x, vocab_size, data_seed, numbers):
+    """Inputs and targets of masked language modelling (BERT): two int64 tensors of x's shape (n, block_size).
+
+    In each sequence 15 % of the positions, the same number in each, are to be predicted; the others' targets are −1.
+    Of these 80 % read the mask token, whose id is vocab_size (in the padded part of the model's), 10 % a random token
+    and 10 % their own. A pure function: numbers, (n,), name the sequences among those of data_seed.
+    """
+    import torch
+
+    inputs, targets = x.numpy().copy(), np.full(x.shape, -1)
+    n_masked = max(1, round(0.15 * x.shape[1]))
+    for row, number in enumerate(numbers):
+        # The counter sets this stream apart from that of batch_offsets.
+        generator = np.random.Generator(np.random.Philox(key=_key(data_seed, number), counter=[0, 0, 0, 1]))
+        positions = generator.permutation(x.shape[1])[:n_masked]
+        kind, random_tokens = generator.random(n_masked), generator.integers(0, vocab_size, n_masked)
+        targets[row, positions] = inputs[row, positions]
+        own = inputs[row, positions]
+        inputs[row, positions] = np.where(kind < 0.8, vocab_size, np.where(kind < 0.9, random_tokens, own))
+    return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
 def prefetch(make, keys):
@@ -159,6 +209,10 @@ def sha256_of(path):
     """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _key(data_seed, number):
+    return np.array([data_seed, number], dtype=np.uint64)
 
 
 def _fingerprint(tokens, manifest):

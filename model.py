@@ -1,8 +1,9 @@
-"""The GPT of the paper's Section 5.2, with and without a query matrix, in one file.
+"""A transformer with and without its query matrix, in one file.
 
-The architecture is GPT-2's (pre-LayerNorm blocks of attention and MLP). With `wq_identity` the queries are the
-block's normalised input itself, W_Q = I: nothing takes its place, neither a parameter nor a product. `attn_scale`
-multiplies the usual 1/sqrt(d_k). Parameters carry nanoGPT's names, so state dicts move between the two.
+By default the architecture is GPT-2's, as in the paper's Section 5.2 (pre-LayerNorm blocks of attention and MLP); the
+options of `GPTConfig` make it any other that the paper names. With `wq_identity` the queries are the block's normalised
+input itself, W_Q = I: nothing takes its place, neither a parameter nor a product. `attn_scale` multiplies the usual
+1/sqrt(d_k). Parameters carry nanoGPT's names, so state dicts move between the two.
 
 Shapes: B sequences, T tokens, d_k = n_embd / n_head.
 """
@@ -16,6 +17,12 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU(approximate="tanh"), "relu": nn.ReLU}
+NORMS = {
+    "layernorm": lambda config: nn.LayerNorm(config.n_embd, bias=config.bias),
+    "rmsnorm": lambda config: nn.RMSNorm(config.n_embd, eps=1e-5),
+    "dyt": lambda config: DynamicTanh(config.n_embd),
+    "none": lambda config: nn.Identity(),
+}
 
 
 @dataclass
@@ -26,6 +33,7 @@ class GPTConfig:
     vocab_size: int = 50304  # rows of the embedding; GPT-2's 50,257 padded to a multiple of 64
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads
+    n_kv_head: int | None = None  # heads of keys and values; none: n_head; fewer: grouped-query; 1: multi-query
     n_embd: int = 768  # width of the residual stream; d_k = n_embd / n_head
     mlp_ratio: float = 4.0  # hidden width of the MLP / n_embd
     dropout: float = 0.0  # probability, on the embedding, the attention weights and both outputs of a block
@@ -34,14 +42,31 @@ class GPTConfig:
     wq_identity: bool = False  # W_Q = I: the queries are the block's normalised input
     attn_scale: float = 1.0  # multiplies 1/sqrt(d_k) on the attention logits; the paper's reduced models have 0.5
     activation: Literal["gelu", "gelu_tanh", "relu"] = "gelu"  # of the MLP; gelu_tanh is GPT-2's approximation
+    wk_identity: bool = False  # W_K = I, for comparison
+    wv_identity: bool = False  # W_V = I, for comparison
+    norm: Literal["layernorm", "rmsnorm", "dyt", "none"] = "layernorm"  # before attention, MLP and LM head; dyt: tanh
+    pos: Literal["learned", "rope", "none"] = "learned"  # positions: an embedding, or rotated queries and keys
+    attn_skip: bool = True  # the skip connection around attention
+    mlp_skip: bool = True  # the skip connection around the MLP
+    parallel: bool = False  # attention and MLP read the same normalised input and share one skip connection
+    share_layers: bool = False  # one block's weights, applied n_layer times
+    causal: bool = True  # a token sees those before it; False: all of them (an encoder, for objective=mlm)
+    n_expert: int = 0  # experts of a mixture-of-experts MLP; 0: a plain MLP
+    n_expert_active: int = 2  # experts that a token is routed to
+    load_balance: float = 0.01  # weight of the load-balancing loss of a mixture of experts, in training
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "mlp_ratio"):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "mlp_ratio", "n_expert_active"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        for name, choices in (("activation", ACTIVATIONS), ("norm", NORMS), ("pos", ("learned", "rope", "none"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if self.n_embd % self.n_head:
             lower = self.n_embd - self.n_embd % self.n_head
-            near = f"{lower} or {lower + self.n_head}" if lower else f"{self.n_head}"
+            near = " or ".join(str(width) for width in (lower, lower + self.n_head) if width)
             raise ValueError(
                 f"n_embd={self.n_embd} does not divide into n_head={self.n_head} heads: make n_embd a multiple of "
                 f"{self.n_head}, such as {near}"
@@ -51,10 +76,33 @@ class GPTConfig:
                 f"mlp_ratio={self.mlp_ratio} times n_embd={self.n_embd} is not a whole hidden width: make mlp_ratio a "
                 f"multiple of 1/{self.n_embd}, such as {round(self.mlp_ratio * self.n_embd)}/{self.n_embd}"
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {self.activation!r}")
+        if self.n_kv_head is not None and (self.n_kv_head < 1 or self.n_head % self.n_kv_head):
+            divisors = [str(n) for n in range(1, self.n_head + 1) if self.n_head % n == 0]
+            raise ValueError(
+                f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}: use one of {', '.join(divisors)}"
+            )
+        if self.n_kv_head not in (None, self.n_head) and (self.wk_identity or self.wv_identity):
+            raise ValueError(
+                f"wk_identity and wv_identity need n_kv_head=n_head={self.n_head}, not {self.n_kv_head}: with fewer "
+                "heads keys and values are narrower than the block's input, which cannot take their place"
+            )
+        if self.wq_identity and self.wk_identity and self.wv_identity:
+            raise ValueError(
+                "wq_identity, wk_identity and wv_identity leave attention nothing to learn: set at most two"
+            )
+        if self.pos == "rope" and self.n_embd // self.n_head % 2:
+            raise ValueError(
+                f"pos=rope rotates pairs: n_embd/n_head must be even, not {self.n_embd}/{self.n_head} = "
+                f"{self.n_embd // self.n_head}"
+            )
+        if self.parallel and self.attn_skip != self.mlp_skip:
+            raise ValueError(
+                "parallel=True has one skip connection: set attn_skip and mlp_skip both to True or to False"
+            )
+        if self.n_expert and not self.n_expert_active <= self.n_expert:
+            raise ValueError(
+                f"n_expert_active={self.n_expert_active} must not exceed n_expert={self.n_expert} (0: a plain MLP)"
+            )
 
 
 class ParamCount(NamedTuple):
@@ -64,8 +112,38 @@ class ParamCount(NamedTuple):
     attn_mlp: int  # those of the attention and MLP layers
 
 
-class CausalSelfAttention(nn.Module):
-    """Multi-head causal attention; (B, T, n_embd) to (B, T, n_embd).
+class DynamicTanh(nn.Module):
+    """γ·tanh(αx) + β in place of a normalisation; (…, n_embd) to the same. α starts at 0.5 (arXiv 2503.10622)."""
+
+    def __init__(self, n_embd):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.tensor([0.5]))
+        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.bias = nn.Parameter(torch.zeros(n_embd))
+
+    def forward(self, x):
+        return self.weight * torch.tanh(self.alpha * x) + self.bias
+
+
+class Rotary(nn.Module):
+    """Rotary positions: turns the pairs (i, i + d_k/2) of (B, heads, T, d_k) by angles t·10000^(−2i/d_k) (RoFormer)."""
+
+    def __init__(self, d_k, block_size):
+        super().__init__()
+        frequency = 10000.0 ** (-torch.arange(0, d_k, 2, dtype=torch.float32) / d_k)
+        angle = torch.outer(torch.arange(block_size, dtype=torch.float32), frequency)  # (block_size, d_k / 2)
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def forward(self, x):
+        cos, sin = self.cos[: x.size(2)], self.sin[: x.size(2)]
+        first, second = x.float().chunk(2, dim=-1)
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        return turned.type_as(x)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention; (B, T, n_embd) to (B, T, n_embd).
 
     The rows of `c_attn.weight` are the blocks Q, K, V in this order. The block of an identity projection is absent,
     and the layer's input takes its place.
@@ -73,28 +151,35 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        d = config.n_embd
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.scale = config.attn_scale / math.sqrt(d // config.n_head)
-        self.is_identity = (config.wq_identity, False, False)  # of Q, K, V
-        self.widths = [d for identity in self.is_identity if not identity]
+        d, d_k = config.n_embd, config.n_embd // config.n_head
+        self.d_k, self.dropout = d_k, config.dropout
+        n_kv_head = config.n_kv_head or config.n_head
+        self.options = dict(
+            scale=config.attn_scale / math.sqrt(d_k), is_causal=config.causal, enable_gqa=n_kv_head < config.n_head
+        )
+        self.is_identity = (config.wq_identity, config.wk_identity, config.wv_identity)
+        widths = (d, n_kv_head * d_k, n_kv_head * d_k)
+        self.widths = [width for width, identity in zip(widths, self.is_identity, strict=True) if not identity]
         self.c_attn = nn.Linear(d, sum(self.widths), bias=config.bias)
         self.c_proj = nn.Linear(d, d, bias=config.bias)
+        self.rotate = Rotary(d_k, config.block_size) if config.pos == "rope" else nn.Identity()
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
         B, T, d = x.shape
         projected = list(self.c_attn(x).split(self.widths, dim=-1))
         q, k, v = [x if identity else projected.pop(0) for identity in self.is_identity]
-        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in (q, k, v))  # (B, n_head, T, d_k)
+        q, k, v = (t.view(B, T, -1, self.d_k).transpose(1, 2) for t in (q, k, v))  # (B, heads, T, d_k)
         dropout_p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=self.scale)
+        y = F.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v, dropout_p=dropout_p, **self.options)
         y = y.transpose(1, 2).reshape(B, T, d)
         return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
     """Two linear layers with an activation between; (B, T, n_embd) to (B, T, n_embd)."""
+
+    balance_loss = 0.0  # there is nothing to balance
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -108,34 +193,91 @@ class MLP(nn.Module):
         return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
 
 
+class MixtureOfExperts(nn.Module):
+    """n_expert MLPs; a token's output is the sum of n_expert_active of them, weighted by the router; shapes as for MLP.
+
+    The experts stand side by side in one wide MLP: rows i·hidden to (i+1)·hidden of c_fc, and these columns of c_proj,
+    are expert i, and the router's weight multiplies its hidden units (a bias of c_proj belongs to all). So every expert
+    is computed, n_expert / n_expert_active times the operations needed, but in two large products that nothing waits
+    for. Weights are probabilities, a softmax over all experts; balance_loss is E · Σ (share of the tokens) · (mean
+    probability), 1 where experts are used alike (Switch Transformer, arXiv 2101.03961).
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_expert, self.n_active = config.n_expert, config.n_expert_active
+        hidden = round(config.mlp_ratio * config.n_embd)
+        self.router = nn.Linear(config.n_embd, config.n_expert, bias=False)
+        self.c_fc = nn.Linear(config.n_embd, config.n_expert * hidden, bias=config.bias)
+        self.activation = ACTIVATIONS[config.activation]()
+        self.c_proj = nn.Linear(config.n_expert * hidden, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        p = self.router(x).float().softmax(dim=-1)  # (B, T, n_expert)
+        chosen = torch.zeros_like(p).scatter(-1, p.topk(self.n_active, dim=-1).indices, 1.0)
+        share = chosen.mean(dim=(0, 1)) / self.n_active
+        self.balance_loss = self.n_expert * (share * p.mean(dim=(0, 1))).sum()  # GPT.forward reads it
+        hidden = self.activation(self.c_fc(x)).unflatten(-1, (self.n_expert, -1))  # (B, T, n_expert, hidden)
+        hidden = hidden * (p * chosen).unsqueeze(-1).type_as(hidden)
+        return self.dropout(self.c_proj(hidden.flatten(-2)))
+
+
+def add(x, y):
+    """A skip connection: x goes around the layer whose output is y."""
+    return x + y
+
+
+def replace(x, y):
+    """No skip connection: the layer's output alone goes on."""
+    return y
+
+
 class Block(nn.Module):
     """Attention, then MLP, each on the normalised residual stream; the paper's equation (1)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = MLP(config)
+        self.ln_1 = NORMS[config.norm](config)
+        self.attn = SelfAttention(config)
+        self.ln_2 = NORMS[config.norm](config)
+        self.mlp = MixtureOfExperts(config) if config.n_expert else MLP(config)
+        self.join_attn = add if config.attn_skip else replace
+        self.join_mlp = add if config.mlp_skip else replace
 
     def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        x = self.join_attn(x, self.attn(self.ln_1(x)))
+        return self.join_mlp(x, self.mlp(self.ln_2(x)))
+
+
+class ParallelBlock(Block):
+    """Attention and MLP side by side on the same normalised input, in one skip connection; it has no ln_2."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        del self.ln_2
+
+    def forward(self, x):
+        normalised = self.ln_1(x)
+        return self.join_attn(x, self.attn(normalised) + self.mlp(normalised))
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer language model."""
+    """A transformer language model: a decoder, or with causal=False an encoder."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        block = ParallelBlock if config.parallel else Block
+        n_block = 1 if config.share_layers else config.n_layer
+        self.order = [layer % n_block for layer in range(config.n_layer)]  # the block of each layer
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                **({"wpe": nn.Embedding(config.block_size, config.n_embd)} if config.pos == "learned" else {}),
                 "drop": nn.Dropout(config.dropout),
-                "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+                "h": nn.ModuleList([block(config) for _ in range(n_block)]),
+                "ln_f": NORMS[config.norm](config),
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -165,15 +307,21 @@ class GPT(nn.Module):
         B, T = idx.shape
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit into the model's block_size={self.config.block_size}")
-        position = torch.arange(T, device=idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(position))  # (B, T, n_embd)
-        for block in self.transformer.h:
-            x = block(x)
+        x = self.transformer.wte(idx)  # (B, T, n_embd)
+        if self.config.pos == "learned":
+            x = x + self.transformer.wpe.weight[:T]
+        x = self.transformer.drop(x)
+        balance_loss = 0.0
+        for layer in self.order:
+            x = self.transformer.h[layer](x)
+            balance_loss = balance_loss + self.transformer.h[layer].mlp.balance_loss
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, [-1]]), None
         logits = self.lm_head(x)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
+        if self.training:
+            loss = loss + self.config.load_balance * balance_loss / self.config.n_layer
         return logits, loss
 
     def num_params(self) -> ParamCount:

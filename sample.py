@@ -75,6 +75,8 @@ def sample(cfg):
     run = runlog.read_json(folder / "run.json")
     if run is None:
         raise ValueError(f"{folder} has no run.json, which names the tokenizer: is it a run folder?")
+    if not state["model_config"].get("causal", True):
+        raise ValueError(f"{folder / cfg.ckpt} is an encoder (causal=False): it fills masks and cannot continue a text")
     tokenizer = data.get_tokenizer(run["data"]["tokenizer"])
     # An empty prompt begins where documents do, after the end of the one before.
     prompt = tokenizer.encode_ordinary(prompt_text(cfg.start)) or [tokenizer.eot_token]

@@ -33,6 +33,7 @@ class TrainConfig(GPTConfig):
     dataset: str = "openwebtext"  # the folder in data_dir that holds train.bin and val.bin
     eval_interval: int = 1000  # steps between evaluations; each writes a checkpoint
     eval_windows: int = 2400  # windows of block_size tokens in an evaluation; the last one takes all of val.bin
+    objective: Literal["clm", "mlm"] = "clm"  # causal language modelling, or masked (with causal=False)
     eval_only: bool = False  # evaluate the weights of out_dir, or of init_from, on all of val.bin, and write nothing
     log_interval: int = 10  # steps between metrics and progress lines
     tokens_per_step: int = 480 * 1024  # tokens in one optimizer step, over all micro-batches
@@ -76,6 +77,11 @@ class TrainConfig(GPTConfig):
             self.data_seed = self.seed
         if max(self.beta1, self.beta2) >= 1:
             raise ValueError(f"beta1={self.beta1} and beta2={self.beta2} must be below 1")
+        if self.causal != (self.objective == "clm"):
+            raise ValueError(
+                f"objective={self.objective} does not go with causal={self.causal}: a decoder (causal=True) learns by "
+                "objective=clm, an encoder (causal=False), which sees the next token, by objective=mlm"
+            )
         micro_batch = self.batch_size * self.block_size
         if self.tokens_per_step % micro_batch:
             lower = self.tokens_per_step // micro_batch * micro_batch
@@ -128,17 +134,19 @@ def accumulate_gradients(model, x, y, micro_batches, autocast, scaler):
 
 
 @torch.no_grad()
-def evaluate(model, tokens, offsets, batch_size, autocast, device):
-    """The mean loss of each window of block_size tokens at offsets, (len(offsets),) float64, in nats a token."""
-    block_size = model.config.block_size
+def evaluate(model, examples, offsets, batch_size, autocast, device):
+    """The mean loss of each window that begins at offsets, (len(offsets),) float64, in nats a predicted token.
+
+    examples: the inputs and targets, (n, block_size) each, of the windows at n offsets.
+    """
     # The last micro-batch is filled up, so that a compiled model sees one shape.
     padded = np.append(offsets, np.repeat(offsets[-1:], -len(offsets) % batch_size)).reshape(-1, batch_size)
     losses = []
     model.eval()
-    for x, y in data.prefetch(lambda part: data.windows(tokens, part, block_size), padded):
+    for x, y in data.prefetch(examples, padded):
         with autocast:
             _, loss = model(x.to(device), y.to(device), reduction="none")
-        losses.append(loss.view(batch_size, block_size).cpu().double().mean(dim=1))
+        losses.append(loss.view(x.shape).cpu().double().sum(dim=1) / (y >= 0).sum(dim=1))
     model.train()
     return torch.cat(losses)[: len(offsets)].numpy()
 
@@ -147,38 +155,6 @@ def mean_and_error(losses):
     """The mean of losses over windows and its standard error (None for one window), as entries of a record."""
     error = float(losses.std(ddof=1) / math.sqrt(len(losses))) if len(losses) > 1 else None
     return {"val_loss": float(losses.mean()), "val_loss_se": error, "windows": len(losses)}
-
-
-def open_run(cfg):
-    """The checkpoint with which the run in cfg.out_dir goes on, or None for one that begins.
-
-    Raises ValueError when the folder holds a run that cfg does not resume, or when its checkpoint is of another model,
-    another order of the data, or beyond the end of this run.
-    """
-    path = Path(cfg.out_dir) / "ckpt.pt"
-    if not (cfg.resume or cfg.eval_only) and runlog.holds_run(cfg.out_dir):
-        raise ValueError(f"{cfg.out_dir} holds a run: go on with it with --resume, or start another with --out_dir=…")
-    if (cfg.eval_only and cfg.init_from != "scratch") or not (cfg.resume or cfg.eval_only):
-        return None
-    if cfg.resume and not path.exists():
-        print(f"{cfg.out_dir} has no checkpoint yet: the run begins at step 0")
-        return None
-    state = checkpoint.load(path)
-    here = dataclasses.asdict(cfg)
-    fixed = [*state["model_config"], "seed", "data_seed", "tokens_per_step"]
-    differences = checkpoint.differing(state["config"], {name: here[name] for name in fixed})
-    if differences:
-        raise ValueError(
-            f"{path} is of another run: {'; '.join(differences)}. Repeat its options, or start another with --out_dir=…"
-        )
-    if state["step"] > cfg.max_iters:
-        raise ValueError(f"{path} has {state['step']} steps already, more than max_iters={cfg.max_iters}")
-    changed = checkpoint.differing(
-        state["config"], {name: here[name] for name in here if name not in ("resume", "eval_only", "out_dir")}
-    )
-    if changed:
-        print(f"changed since the checkpoint: {'; '.join(changed)}")
-    return state
 
 
 class Trainer:
@@ -193,9 +169,10 @@ class Trainer:
         self.device = parallel.choose_device(cfg.device)
         self.dtype = parallel.choose_dtype(cfg.dtype, self.device, cfg)
         self.bins = data.load_bins(cfg.data_dir, cfg.dataset)
-        if self.bins.manifest["vocab_size"] > cfg.vocab_size:
+        needed = self.bins.manifest["vocab_size"] + (cfg.objective == "mlm")  # one more for the mask token
+        if needed > cfg.vocab_size:
             raise ValueError(
-                f"{cfg.data_dir}/{cfg.dataset} needs vocab_size={self.bins.manifest['vocab_size']} or more, and "
+                f"{cfg.data_dir}/{cfg.dataset} needs vocab_size={needed} or more for objective={cfg.objective}, and "
                 f"the model has vocab_size={cfg.vocab_size}"
             )
         self.n_sequences = cfg.tokens_per_step // cfg.block_size
@@ -203,7 +180,7 @@ class Trainer:
         self.offsets(step=0)  # raises while nothing is written if there are too few tokens
         self.all_windows = data.evaluation_offsets(len(self.bins.val), cfg.block_size)
         self.some_windows = data.evaluation_offsets(len(self.bins.val), cfg.block_size, cfg.eval_windows)
-        state = open_run(cfg)
+        state = self.own_checkpoint()
 
         torch.manual_seed(cfg.seed)
         self.model = GPT(cfg.model_config())
@@ -215,7 +192,8 @@ class Trainer:
         on_cuda = self.device.type == "cuda"
         if on_cuda:
             torch.set_float32_matmul_precision("high")
-        self.fast_model = torch.compile(self.model) if (on_cuda if cfg.compile is None else cfg.compile) else self.model
+        compiled = on_cuda if cfg.compile is None else cfg.compile
+        self.fast_model = torch.compile(self.model) if compiled else self.model
         self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         self.optimizer = make_optimizer(self.model, cfg, self.device.type)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -225,6 +203,19 @@ class Trainer:
         self.unchecked = []  # (loss, gradient norm) of the steps since the device was last waited for
         if state is not None:
             self.restore(state)
+
+    def own_checkpoint(self):
+        """The latest checkpoint of the run folder, if cfg goes on with it. Raises ValueError for a run in the way."""
+        cfg, path = self.cfg, self.folder / "ckpt.pt"
+        if runlog.holds_run(self.folder) and not (cfg.resume or cfg.eval_only):
+            raise ValueError(f"{self.folder} holds a run: go on with --resume, or start another with --out_dir=…")
+        if cfg.resume and not path.exists():
+            print(f"{self.folder} has no checkpoint yet: the run begins at step 0")
+        elif cfg.resume or (cfg.eval_only and cfg.init_from == "scratch"):
+            state = checkpoint.load(path)
+            checkpoint.check_same_run(state, dataclasses.asdict(cfg), path)
+            return state
+        return None
 
     def restore(self, state):
         """Take over everything but the weights from a checkpoint."""
@@ -265,11 +256,19 @@ class Trainer:
         """Where the sequences of the batch after `step` steps begin."""
         return data.batch_offsets(len(self.bins.train), self.cfg.block_size, self.n_sequences, self.cfg.data_seed, step)
 
+    def examples(self, tokens, offsets, data_seed, numbers):
+        """Inputs and targets of cfg.objective at offsets, (n, block_size) int64 each; masks follow from the rest."""
+        x, y = data.windows(tokens, offsets, self.cfg.block_size)
+        if self.cfg.objective == "mlm":
+            x, y = data.mask_tokens(x, self.bins.manifest["vocab_size"], data_seed, numbers)
+        return x, y
+
     def batches(self):
         """The batch of each step that is left, on the device: x and y, (n_sequences, block_size) int64."""
 
         def make(step):
-            batch = data.windows(self.bins.train, self.offsets(step), self.cfg.block_size)
+            numbers = step * self.n_sequences + np.arange(self.n_sequences)
+            batch = self.examples(self.bins.train, self.offsets(step), self.cfg.data_seed, numbers)
             return [tokens.pin_memory() for tokens in batch] if self.device.type == "cuda" else batch
 
         for batch in data.prefetch(make, range(self.step, self.cfg.max_iters)):
@@ -327,7 +326,11 @@ class Trainer:
 
     def evaluate(self, offsets):
         """The mean loss of each validation window that begins at offsets, (len(offsets),) float64, in nats a token."""
-        return evaluate(self.fast_model, self.bins.val, offsets, self.cfg.batch_size, self.autocast, self.device)
+
+        def examples(some):  # the masks of a window are the same whenever, and by whatever run, it is evaluated
+            return self.examples(self.bins.val, some, data_seed=0, numbers=some)
+
+        return evaluate(self.fast_model, examples, offsets, self.cfg.batch_size, self.autocast, self.device)
 
 
 def train(cfg):

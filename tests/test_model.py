@@ -27,7 +27,7 @@ def with_identity_query(reduced):
     config = reduced.config
     full = GPT(dataclasses.replace(config, wq_identity=False))
     state = dict(reduced.state_dict())
-    for layer in range(config.n_layer):
+    for layer in range(len(reduced.transformer.h)):
         name = f"transformer.h.{layer}.attn.c_attn.weight"
         state[name] = torch.cat((torch.eye(config.n_embd), state[name]))
         if config.bias:

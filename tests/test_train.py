@@ -180,7 +180,14 @@ def test_the_evaluation_is_the_mean_over_tokens_whatever_its_batch_size(tiny):
         log_p = logits.double().log_softmax(-1)
         expected = -log_p.gather(-1, y[..., None])[..., 0].mean(1).numpy()
     for batch_size in (1, 3, 8, 64):
-        losses = train.evaluate(trainer.model, trainer.bins.val, offsets, batch_size, trainer.autocast, trainer.device)
+        losses = train.evaluate(
+            trainer.model,
+            lambda part: data.windows(trainer.bins.val, part, 16),
+            offsets,
+            batch_size,
+            trainer.autocast,
+            trainer.device,
+        )
         np.testing.assert_allclose(losses, expected, rtol=1e-6)
     result = train.mean_and_error(losses)
     assert result["val_loss"] == pytest.approx(expected.mean())
@@ -389,7 +396,7 @@ def test_a_run_is_not_overwritten_or_mixed_with_another(finished, refuses, chang
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(vocab_size=49), ["vocab_size=50", "vocab_size=49"]),
+        (dict(vocab_size=49), ["vocab_size=50 or more", "vocab_size=49"]),
         (dict(tokens_per_step=200), ["tokens_per_step=200", "128 or 256"]),
         (dict(tokens_per_step=100), ["tokens_per_step=100", "128"]),
         (dict(block_size=600, tokens_per_step=4800), ["validation split", "block_size=600"]),

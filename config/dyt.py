@@ -1,0 +1,2 @@
+# Dynamic Tanh in place of LayerNorm.
+norm = "dyt"

@@ -1,0 +1,2 @@
+# No normalisation at all, as in the theorems of Section 4.
+norm = "none"

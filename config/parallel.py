@@ -1,0 +1,2 @@
+# Attention and MLP side by side in one skip connection.
+parallel = True

@@ -1,0 +1,2 @@
+# RMSNorm in place of LayerNorm.
+norm = "rmsnorm"
