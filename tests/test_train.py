@@ -273,6 +273,7 @@ def test_the_run_folder_holds_what_it_should(tiny, tmp_path):
     evaluations = {r["step"]: r["val_loss"] for r in records if r["kind"] == "eval"}
     assert checkpoint.load(folder / "best.pt")["step"] == min(evaluations, key=evaluations.get)
     assert summary["best_val_loss"] == min(evaluations.values())
+    assert {r["windows"] for r in records if r["kind"] == "eval"} == {7}, "the same windows at every step, the last too"
     assert evaluations[40] < evaluations[0] - 0.5, "it learns"
     assert (summary["steps"], summary["tokens"], summary["windows"]) == (40, 40 * 128, 31)
     assert summary["val_loss"] == pytest.approx(evaluations[40], rel=0.2)
@@ -297,15 +298,19 @@ def test_a_run_starts_from_the_weights_of_another(tiny, tmp_path):
     assert second[0] == first[-1]
 
 
-def test_a_finished_run_can_be_extended_and_is_left_alone_otherwise(tiny, command, tmp_path):
+def test_a_finished_run_can_be_extended_and_is_left_alone_otherwise(tiny, command, tmp_path, monkeypatch):
     train.train(tiny())
     before = (tmp_path / "run/ckpt.pt").read_bytes()
     status, out, _ = command(train.main, "--out_dir=run", "--resume")
     assert (status, before) == (0, (tmp_path / "run/ckpt.pt").read_bytes())
     assert "finished" in out
-    status, out, _ = command(train.main, "--out_dir=run", "--resume", "--max_iters=45")
-    assert status == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 42)
+        status, out, _ = command(train.main, "--out_dir=run", "--resume", "--max_iters=45")
+    assert status == 130
     assert "max_iters is 40 in the checkpoint and 45 here" in out
+    assert not Path("run/summary.json").exists(), "a run that goes on is not finished"
+    assert command(train.main, "--out_dir=run", "--resume")[0] == 0
     assert metrics("run")[-1]["step"] == 45
 
 
