@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 import parallel
+from data import write_json
 
 ROOT = Path(__file__).resolve().parent
 RUN_FILES = ("config.json", "run.json", "metrics.jsonl", "ckpt.pt", "summary.json")
@@ -36,13 +37,6 @@ def read_json(path):
         return None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-
-
-def write_json(path, content):
-    """Write content to a JSON file, whole or not at all."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def read_metrics(folder):

@@ -312,7 +312,7 @@ class Trainer:
                 "before": [{"loss": str(a), "grad_norm": str(b)} for a, b in values[: step - self.step]],
                 "offsets": self.offsets(step).tolist(),
             }
-            runlog.write_json(self.folder / "nonfinite.json", dump)
+            data.write_json(self.folder / "nonfinite.json", dump)
             raise FloatingPointError(
                 f"step {step + 1}: loss {loss}, gradient norm {norm} (its batch: {self.folder / 'nonfinite.json'}); "
                 "the checkpoint before it is intact: resume from it with a smaller learning_rate"
