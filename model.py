@@ -112,6 +112,11 @@ class ParamCount(NamedTuple):
     attn_mlp: int  # those of the attention and MLP layers
 
 
+def at_least_float32(x):
+    """x in float32 if it is in a lower precision; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class DynamicTanh(nn.Module):
     """γ·tanh(αx) + β in place of a normalisation; (…, n_embd) to the same. α starts at 0.5 (arXiv 2503.10622)."""
 
@@ -137,7 +142,7 @@ class Rotary(nn.Module):
 
     def forward(self, x):
         cos, sin = self.cos[: x.size(2)], self.sin[: x.size(2)]
-        first, second = x.float().chunk(2, dim=-1)
+        first, second = at_least_float32(x).chunk(2, dim=-1)
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
         return turned.type_as(x)
 
@@ -214,7 +219,7 @@ class MixtureOfExperts(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        p = self.router(x).float().softmax(dim=-1)  # (B, T, n_expert)
+        p = at_least_float32(self.router(x)).softmax(dim=-1)  # (B, T, n_expert)
         chosen = torch.zeros_like(p).scatter(-1, p.topk(self.n_active, dim=-1).indices, 1.0)
         share = chosen.mean(dim=(0, 1)) / self.n_active
         self.balance_loss = self.n_expert * (share * p.mean(dim=(0, 1))).sum()  # GPT.forward reads it
