@@ -213,6 +213,8 @@ class Trainer:
             print(f"{self.folder} has no checkpoint yet: the run begins at step 0")
         elif cfg.resume or (cfg.eval_only and cfg.init_from == "scratch"):
             state = checkpoint.load(path)
+            if "optimizer" not in state:
+                raise ValueError(f"{path} has weights and no optimizer state: start from it with --init_from={path}")
             checkpoint.check_same_run(state, dataclasses.asdict(cfg), path)
             return state
         return None

@@ -435,6 +435,13 @@ def test_a_machine_without_data_is_told_the_two_ways_to_begin(tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_weights_alone_cannot_be_resumed(finished, refuses):
+    state = checkpoint.load("run/ckpt.pt")
+    del state["optimizer"]
+    checkpoint.save("run/ckpt.pt", **{name: value for name, value in state.items() if name != "format"})
+    refuses(train.main, "--out_dir=run", "--resume", words=["run/ckpt.pt", "--init_from=run/ckpt.pt"])
+
+
 def test_data_that_changed_is_told_on_resume(tiny, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         stop_after(patch, 5)

@@ -1,0 +1,195 @@
+"""Section 8.2 of the paper: what holds, what does not, and the search for J."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from theory import relu_skip
+
+seeds = st.integers(0, 2**31)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Without a team of threads, whose barriers cost more than the work on tiny matrices."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def rng(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def points(h, seed=0):
+    return torch.randn(200, h, generator=rng(seed), dtype=torch.float64) * 3
+
+
+def all_masks(m):
+    return torch.tensor(list(itertools.product((False, True), repeat=m)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds, h=st.integers(1, 12), ratio=st.integers(1, 5), data=st.data())
+def test_theorem_8_3_the_planted_subset_absorbs_the_skip(seed, h, ratio, data):
+    m = ratio * h
+    size = data.draw(st.integers(h, m))
+    Z = torch.randn(h, h, generator=rng(seed + 1), dtype=torch.float64) if seed % 2 else None
+    W1, W2, J = relu_skip.planted_instance(h, size, rng(seed), m, Z)
+    assert J.sum() == size
+    V1, V2 = relu_skip.theorem_8_3(W1, W2, J, Z, tol=1e-6)
+    assert V1.shape == (m, h)
+    assert V2.shape == (h, m)
+    # The equation holds as well as W₁[J, :] is conditioned.
+    condition = torch.linalg.cond(W1[J]).item()
+    assert relu_skip.absorption_gap(points(h), W1, W2, V1, V2, Z) < 1e-13 * condition * m
+    # Another subset does not, and is refused.
+    J[data.draw(st.integers(0, m - 1))] ^= True
+    with pytest.raises(ValueError, match="is not −Z"):
+        relu_skip.theorem_8_3(W1, W2, J, Z)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, h=st.integers(2, 14), data=st.data())
+def test_theorem_8_3_the_search_finds_a_subset_where_one_was_planted(seed, h, data):
+    W1, W2, J = relu_skip.planted_instance(h, data.draw(st.integers(h, 4 * h)), rng(seed))
+    search = relu_skip.find_subset(W1, W2, tol=1e-7)
+    assert search.subset is not None, search
+    assert search.exhaustive
+    if h >= 4:  # at most one J then
+        assert torch.equal(search.subset, J)
+    # One entry away from the instance there is none.
+    W2[0, 0] += 0.1 if J[0] else 0.0
+    W1[0, 0] += 0.0 if J[0] else 0.1
+    moved = relu_skip.find_subset(W1, W2, tol=1e-7)
+    assert (moved.subset is None) == bool(J[0])
+    assert moved.exhaustive
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=seeds, h=st.integers(1, 3), m=st.integers(1, 10))
+def test_the_search_agrees_with_trying_every_subset_of_small_integer_weights(seed, h, m):
+    # Small integers make dependent neurons, several J's, none, dead neurons: what a generic instance never shows.
+    W1 = torch.randint(-1, 2, (m, h), generator=rng(seed)).double()
+    W2 = torch.randint(-1, 2, (h, m), generator=rng(seed + 1)).double()
+    outer = torch.einsum("im,mj->mij", W2, W1)
+    sums = torch.einsum("sm,mij->sij", all_masks(m).double(), outer)
+    exists = bool((sums == -torch.eye(h)).all(-1).all(-1).any())
+    search = relu_skip.find_subset(W1, W2)
+    assert search.exhaustive
+    assert (search.subset is not None) == exists
+    if exists:
+        assert torch.equal(relu_skip.subset_product(W1, W2, search.subset), -torch.eye(h, dtype=torch.float64))
+
+
+def test_the_search_is_exact_at_any_width_where_neurons_are_independent_and_says_so_when_it_gives_up():
+    W1, W2, J = relu_skip.planted_instance(32, 50, rng(0))
+    assert torch.equal(relu_skip.find_subset(W1, W2).subset, J)
+    W1, W2 = relu_skip.random_mlp(2, 40, rng(0))  # 40 unknowns, 4 equations
+    search = relu_skip.find_subset(W1, W2)
+    assert search.subset is None
+    assert not search.exhaustive
+    assert "gave up" in search.reason
+    assert "36" in search.reason
+    assert relu_skip.absorb(W1, W2).exists is None
+    assert relu_skip.find_subset(W1[:20], W2[:, :20]).exhaustive
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=seeds, m=st.integers(2, 7))
+def test_theorem_8_3_only_if_signs_and_gains_are_all_there_is_when_kinks_are_distinct(seed, m):
+    # Independently of J: V must be W with rows scaled (which changes nothing) and some negated, each with V₂ = W₂ by
+    # the kinks' sizes. Of the 2^m such V, one absorbs the skip if and only if the search finds a J.
+    h, generator = 2, rng(seed)
+    if seed % 2:
+        W1, W2, _ = relu_skip.planted_instance(h, min(m, 2 + seed % 3), generator, m)
+    else:
+        W1, W2 = relu_skip.random_mlp(h, m, generator)
+    assert relu_skip.distinct_kinks(W1, W2)
+    signs = 1.0 - 2.0 * all_masks(m).double()
+    gaps = [relu_skip.absorption_gap(points(h), W1, W2, sign.unsqueeze(-1) * W1, W2) for sign in signs]
+    assert (min(gaps) < 1e-8) == bool(seed % 2) == (relu_skip.find_subset(W1, W2).subset is not None)
+
+
+def test_theorem_8_3_only_if_is_false_with_dead_or_parallel_neurons():
+    for seed, h in itertools.product(range(3), (2, 3, 5)):
+        for spoil in ("dead row", "dead column", "parallel"):
+            W1, W2 = relu_skip.random_mlp(h, 4 * h, rng(seed))
+            if spoil == "dead row":
+                W1[:h] = 0
+            elif spoil == "dead column":
+                W2[:, :h] = 0
+            else:
+                W1[:h] = 2 * W1[h : 2 * h]
+            assert torch.linalg.matrix_rank(W1) == torch.linalg.matrix_rank(W2) == h  # as the theorem asks
+            assert not relu_skip.distinct_kinks(W1, W2)
+            search = relu_skip.find_subset(W1, W2)
+            assert search.exhaustive
+            assert search.subset is None
+            found = relu_skip.absorb(W1, W2)
+            assert found.exists
+            assert found.V1.shape == W1.shape
+            assert found.V2.shape == W2.shape
+            assert relu_skip.absorption_gap(points(h), W1, W2, found.V1, found.V2) < 1e-10
+
+
+def test_with_fewer_spare_neurons_than_the_width_the_question_is_left_open():
+    W1, W2 = relu_skip.random_mlp(4, 16, rng(0))
+    W2[:, 0] = 0
+    found = relu_skip.absorb(W1, W2)
+    assert found.exists is None
+    assert "only if" in found.reason
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=seeds, h=st.integers(1, 10), extra=st.integers(0, 20))
+def test_h_more_neurons_always_absorb_the_skip(seed, h, extra):
+    W1, W2 = relu_skip.random_mlp(h, h + extra, rng(seed))
+    V1, V2 = relu_skip.widened(W1, W2)
+    assert V1.shape == (2 * h + extra, h)
+    chosen = W1[relu_skip.independent_rows(W1)]
+    assert relu_skip.absorption_gap(points(h), W1, W2, V1, V2) < 1e-13 * torch.linalg.cond(chosen).item()
+    with pytest.raises(ValueError, match="rank"):
+        relu_skip.widened(torch.zeros_like(W1), W2)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=seeds, h=st.integers(1, 4))
+def test_merging_neurons_keeps_the_function(seed, h):
+    W1 = torch.randint(-1, 2, (12, h), generator=rng(seed)).double()
+    W2 = torch.randint(-1, 2, (h, 12), generator=rng(seed + 1)).double()
+    small1, small2 = relu_skip.merged(W1, W2)
+    x = points(h)
+    torch.testing.assert_close(relu_skip.relu_mlp(x, small1, small2), relu_skip.relu_mlp(x, W1, W2))
+    if len(small1):
+        assert (relu_skip.parallel_rows(small1) > 0).sum() == len(small1)
+
+
+def test_corollary_8_3_1_random_weights_absorb_no_difference_of_two_random_skips():
+    for h, m in ((2, 8), (3, 12), (4, 16), (6, 24), (3, 7), (5, 40)):
+        assert relu_skip.corollary_8_3_1(h, 15, rng(h), m) == (0, 15, 0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds, h=st.integers(2, 8), data=st.data())
+def test_corollary_8_3_1_is_false_as_stated_every_weight_has_exceptions(seed, h, data):
+    W1, W2 = relu_skip.random_mlp(h, 4 * h, rng(seed))
+    Z = torch.randn(h, h, generator=rng(seed + 1), dtype=torch.float64)
+    J = torch.zeros(4 * h, dtype=torch.bool)
+    J[torch.randperm(4 * h, generator=rng(seed + 2))[: data.draw(st.integers(h, 4 * h))]] = True
+    W1_new, W2_new, Z_new = relu_skip.corollary_8_3_1_exception(W1, W2, Z, J)
+    assert torch.linalg.matrix_rank(Z - Z_new) == h  # Z' ≠ Z and Z − Z' is invertible: the corollary applies
+    x = points(h)
+    ours, theirs = relu_skip.relu_mlp(x, W1, W2, Z), relu_skip.relu_mlp(x, W1_new, W2_new, Z_new)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    assert relu_skip.absorb(W1, W2, Z - Z_new).exists
+
+
+def test_a_planted_subset_has_between_h_and_m_elements():
+    for size in (2, 13):
+        with pytest.raises(ValueError, match="at least h = 3"):
+            relu_skip.planted_instance(3, size, rng(0))

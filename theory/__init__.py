@@ -1,0 +1,1 @@
+"""The paper's results as functions on weights: one file a section."""

@@ -1,0 +1,93 @@
+"""The matrices of a GPT in the paper's orientation: Y = XW with W of shape (in, out), the transpose of `Linear.weight`.
+
+`read_weights` and `build_model` are the one place where state dicts are transposed.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from model import GPT
+
+LAYERS = {"attn.c_proj": "o", "mlp.router": "router", "mlp.c_fc": "up", "mlp.c_proj": "down"}
+
+
+class Affine(NamedTuple):
+    """X ↦ X·weight + bias; weight (in, out), bias (out,), zeros where the model has none."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+@dataclass
+class Weights:
+    """A GPT's matrices in float64, in the paper's orientation."""
+
+    tokens: torch.Tensor  # E, (V, d)
+    positions: torch.Tensor | None  # E_P, (T, d), for learned positions
+    head: Affine  # W_LM, (d, V)
+    blocks: list[dict[str, Affine]]  # 'q', 'k', 'v' (those that are no identity), 'o', 'router' (MoE), 'up', 'down'
+
+
+def read_weights(model):
+    """The Weights of a GPT, not to be changed in place. Raises ValueError, naming it, for one that is not finite."""
+    state = {name: tensor.detach().double() for name, tensor in model.state_dict().items()}
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} has entries that are not finite: the model is broken, take an earlier checkpoint")
+
+    def affine(name):
+        weight = state[f"{name}.weight"].T
+        return Affine(weight, state.get(f"{name}.bias", weight.new_zeros(weight.size(1))))
+
+    blocks = []
+    for i, module in enumerate(model.transformer.h):
+        names = [name for name, is_identity in zip("qkv", module.attn.is_identity, strict=True) if not is_identity]
+        weight, bias = affine(f"transformer.h.{i}.attn.c_attn")
+        parts = zip(weight.split(module.attn.widths, dim=1), bias.split(module.attn.widths), strict=True)
+        block = {name: Affine(*part) for name, part in zip(names, parts, strict=True)}
+        for layer, name in LAYERS.items():
+            if f"transformer.h.{i}.{layer}.weight" in state:
+                block[name] = affine(f"transformer.h.{i}.{layer}")
+        blocks.append(block)
+    positions = state.get("transformer.wpe.weight")
+    return Weights(state["transformer.wte.weight"], positions, affine("lm_head"), blocks)
+
+
+def build_model(weights, config, like):
+    """A GPT of config with weights; norms, dtype, device and mode are those of the GPT `like`.
+
+    Raises ValueError when weights have a bias where a GPT has none.
+    """
+    state = {name: tensor for name, tensor in like.state_dict().items() if ".ln_" in name}
+
+    def put(name, layer, bias):
+        state[f"{name}.weight"] = layer.weight.T
+        if bias:
+            state[f"{name}.bias"] = layer.bias
+        elif layer.bias.any():
+            raise ValueError(
+                f"the bias of the projection moves the origin of the residual stream, and {name}, which has no bias, "
+                "cannot move it back: with these weights only bias=False, or a bias of zero, is exact"
+            )
+
+    state["transformer.wte.weight"] = weights.tokens
+    if weights.positions is not None:
+        state["transformer.wpe.weight"] = weights.positions
+    if config.tie_weights:
+        state["lm_head.weight"] = weights.tokens
+    else:
+        put("lm_head", weights.head, bias=False)
+    for i, block in enumerate(weights.blocks):
+        parts = [block[name] for name in "qkv" if name in block]
+        merged = Affine(torch.cat([part.weight for part in parts], dim=1), torch.cat([part.bias for part in parts]))
+        put(f"transformer.h.{i}.attn.c_attn", merged, config.bias)
+        for layer, name in LAYERS.items():
+            if name in block:
+                put(f"transformer.h.{i}.{layer}", block[name], config.bias and name != "router")
+    with torch.random.fork_rng(devices=[]):  # the initial weights are drawn in vain
+        built = GPT(config)
+    parameter = like.lm_head.weight
+    built.to(parameter.device, parameter.dtype).load_state_dict(state)
+    return built.train(like.training)
