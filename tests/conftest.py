@@ -64,6 +64,15 @@ def tiny(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def one_thread():
+    """Without a team of threads, whose barriers cost more than the work of a tiny model."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def command(capsys):
     """Run a command's main as a shell would; (exit status, standard output, standard error)."""
 

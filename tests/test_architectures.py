@@ -47,15 +47,6 @@ def configs():
             yield {**SMALL, **choice}
 
 
-@pytest.fixture
-def one_thread():
-    """Without a team of threads, whose barriers cost more than the work of a tiny model."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_identity_is_the_baseline_with_its_query_block_set_to_the_identity_in_every_architecture():

@@ -16,17 +16,10 @@ import runlog
 import sample
 import train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ATTENTION_SKIP_ONLY = dict(norm="none", mlp_skip=False, vocab_size=320)
 SCHEDULE = dict(max_iters=200, learning_rate=3e-2, eval_interval=1000, eval_windows=1000, log_interval=100)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Without a team of threads, whose barriers cost more than the work of a tiny model."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

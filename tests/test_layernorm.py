@@ -11,18 +11,11 @@ from torch.nn import functional as F
 import model
 from theory import layernorm as ln
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 seeds = st.integers(0, 2**31)
 widths = st.integers(2, 40)
 epsilons = st.sampled_from((1e-5, 1e-3, 0.5, 10.0))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Without a team of threads, whose barriers cost more than the work on tiny matrices."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def randn(seed, *shape):

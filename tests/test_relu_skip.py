@@ -9,16 +9,9 @@ from hypothesis import strategies as st
 
 from theory import relu_skip
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 seeds = st.integers(0, 2**31)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Without a team of threads, whose barriers cost more than the work on tiny matrices."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def rng(seed):

@@ -13,18 +13,11 @@ from theory import reparametrize
 from theory.reparametrize import eliminate
 from theory.weights import read_weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = dict(block_size=10, vocab_size=23, n_layer=3, n_head=4, n_embd=16, norm="none")
 ATTENTION_SKIP_ONLY = dict(SMALL, mlp_skip=False)
 EXACT = 1e-9  # the largest relative difference of logits when every cond(Θ) is below 1e3
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Without a team of threads, whose barriers cost more than the work of a tiny model."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def conditioned(d, cond, generator):
