@@ -8,7 +8,8 @@ import configurator
 import data
 from train import TrainConfig
 
-torch.set_num_threads(2)
+# The models here are so small that a team of threads would wait at barriers longer than it works.
+torch.set_num_threads(1)
 
 TINY = dict(
     block_size=16,
@@ -61,15 +62,6 @@ def tiny(tmp_path, monkeypatch):
         return TrainConfig(**{**TINY, "out_dir": str(tmp_path / "run"), **overrides})
 
     return make
-
-
-@pytest.fixture
-def one_thread():
-    """Without a team of threads, whose barriers cost more than the work of a tiny model."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

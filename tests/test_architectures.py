@@ -48,7 +48,6 @@ def configs():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 def test_identity_is_the_baseline_with_its_query_block_set_to_the_identity_in_every_architecture():
     for i, choice in enumerate(configs()):
         torch.manual_seed(i)

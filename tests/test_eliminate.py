@@ -16,8 +16,6 @@ import runlog
 import sample
 import train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ATTENTION_SKIP_ONLY = dict(norm="none", mlp_skip=False, vocab_size=320)
 SCHEDULE = dict(max_iters=200, learning_rate=3e-2, eval_interval=1000, eval_windows=1000, log_interval=100)
 

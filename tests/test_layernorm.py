@@ -11,8 +11,6 @@ from torch.nn import functional as F
 import model
 from theory import layernorm as ln
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 seeds = st.integers(0, 2**31)
 widths = st.integers(2, 40)
 epsilons = st.sampled_from((1e-5, 1e-3, 0.5, 10.0))

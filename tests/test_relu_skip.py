@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 
 from theory import relu_skip
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 seeds = st.integers(0, 2**31)
 
 
@@ -82,6 +80,9 @@ def test_the_search_agrees_with_trying_every_subset_of_small_integer_weights(see
 def test_the_search_is_exact_at_any_width_where_neurons_are_independent_and_says_so_when_it_gives_up():
     W1, W2, J = relu_skip.planted_instance(32, 50, rng(0))
     assert torch.equal(relu_skip.find_subset(W1, W2).subset, J)
+    for seed in range(3):  # 19 unknowns, 4 equations: 2^15 cases
+        W1, W2, J = relu_skip.planted_instance(2, 8, rng(seed), m=19)
+        assert torch.equal(relu_skip.find_subset(W1, W2).subset, J)
     W1, W2 = relu_skip.random_mlp(2, 40, rng(0))  # 40 unknowns, 4 equations
     search = relu_skip.find_subset(W1, W2)
     assert search.subset is None

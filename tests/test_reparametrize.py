@@ -13,8 +13,6 @@ from theory import reparametrize
 from theory.reparametrize import eliminate
 from theory.weights import read_weights
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SMALL = dict(block_size=10, vocab_size=23, n_layer=3, n_head=4, n_embd=16, norm="none")
 ATTENTION_SKIP_ONLY = dict(SMALL, mlp_skip=False)
 EXACT = 1e-9  # the largest relative difference of logits when every cond(Θ) is below 1e3
