@@ -42,8 +42,9 @@ def table(runs):
     for run in runs:
         config, parameters, summary = run["config"], run["facts"]["parameters"], run["summary"]
         if summary:
-            loss = f"{summary['val_loss']:.4f} ± {summary['val_loss_se']:.4f}"
-            speed = f"{summary['tokens_per_second']:,.0f}"
+            error, rate = summary["val_loss_se"], summary["tokens_per_second"]
+            loss = f"{summary['val_loss']:.4f}" + ("" if error is None else f" ± {error:.4f}")
+            speed = "–" if rate is None else f"{rate:,.0f}"
         else:
             evaluations = [record for record in run["metrics"] if record["kind"] == "eval"]
             loss = f"{evaluations[-1]['val_loss']:.4f} (unfinished)" if evaluations else "unfinished"

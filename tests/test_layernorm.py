@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import model
 from theory import layernorm as ln
+from theory import layernorm_linearity
 
 seeds = st.integers(0, 2**31)
 widths = st.integers(2, 40)
@@ -239,7 +240,7 @@ def test_remark_3_f_is_linear_for_an_isometry():
         x = 10 * randn(0, 50, d)
         torch.testing.assert_close(ln.conjugate(x, M, 1e-5, centred=False), ln.matvec(M, x), rtol=1e-6, atol=1e-6)
         lengths = x.norm(dim=-1)
-        assert ln.linearity(lengths, lengths, d, 1e-5) == pytest.approx(
+        assert layernorm_linearity.linearity(lengths, lengths, d, 1e-5) == pytest.approx(
             dict(undefined=0, coefficient=1, distance=0), abs=1e-7
         )
 
@@ -253,19 +254,19 @@ def test_remark_3_the_experiment_measures_the_distance_from_the_best_linear_map(
     f = ln.conjugate(x, M, eps, centred=False)
     best = torch.linalg.lstsq(x, f).solution
     distance = (f - x @ best).norm() / f.norm()
-    measured = ln.linearity(x.norm(dim=-1), (x @ M.T).norm(dim=-1), d, eps)
+    measured = layernorm_linearity.linearity(x.norm(dim=-1), (x @ M.T).norm(dim=-1), d, eps)
     assert measured["distance"] >= distance
     assert measured["distance"] == pytest.approx(distance.item(), rel=0.1)
 
 
 def test_remark_3_holds_for_unit_vectors_in_huge_dimensions_and_not_for_residual_streams(tmp_path, capsys):
     arguments = [f"--out_dir={tmp_path}", "--seeds=2", "--inputs=200"]
-    ln.main([*arguments, "--dims=32,256", "--max_norm_dim=256"])
+    layernorm_linearity.main([*arguments, "--dims=32,256", "--max_norm_dim=256"])
     assert capsys.readouterr().out.count("| gaussian |") == 6
     assert (tmp_path / "linearity.png").stat().st_size > 10_000
     assert (tmp_path / "table.md").read_text(encoding="utf-8").count("| lemma |") == 6
-    cfg = ln.LinearityConfig(dims=(256, 30_000), seeds=1, inputs=200, max_norm_dim=256)
-    summary = ln.summarise(ln.measure(cfg))
+    cfg = layernorm_linearity.LinearityConfig(dims=(256, 30_000), seeds=1, inputs=200, max_norm_dim=256)
+    summary = layernorm_linearity.summarise(layernorm_linearity.measure(cfg))
     near, far = summary["gaussian", "unit", 30_000], summary["gaussian", "unit", 256]
     assert near["undefined"][0] == 0
     assert near["distance"][0] < 0.05
@@ -274,7 +275,7 @@ def test_remark_3_holds_for_unit_vectors_in_huge_dimensions_and_not_for_residual
     assert far["distance"][0] > 0.2
     assert summary["gaussian", "rms1", 30_000]["undefined"][0] > 0.2
     # With the lemma's M₀ f is defined everywhere, and nearly linear on a sphere, but not across lengths.
-    lemma = {inputs: summary["lemma", inputs, 256] for inputs in ln.INPUTS}
+    lemma = {inputs: summary["lemma", inputs, 256] for inputs in layernorm_linearity.INPUTS}
     assert all(row["undefined"][0] == 0 for row in lemma.values())
     assert lemma["unit"]["distance"][0] < 0.03
     assert lemma["varied"]["distance"][0] > 0.3
@@ -285,11 +286,11 @@ def test_remark_3_images_without_the_matrix_have_its_distribution():
     two = torch.tensor([[3.0, 0, 0, 0, 0, 0], [0.6, 0.8, 0, 0, 0, 0]], dtype=torch.float64)
     for x in (two, torch.cat((two, torch.ones(6, 6)))):  # fewer inputs than dimensions, and more
         generator = torch.Generator().manual_seed(0)
-        images = torch.stack([ln.gaussian_images(x, generator) for _ in range(4000)])
+        images = torch.stack([layernorm_linearity.gaussian_images(x, generator) for _ in range(4000)])
         products = (images[:, 0] * images[:, 1]).sum(-1)
         assert products.mean().item() == pytest.approx(1.8, abs=0.08)
         assert products.var().item() == pytest.approx((9 + 1.8**2) / 6, rel=0.1)
 
 
 def test_remark_3_a_users_mistake_is_one_line(refuses):
-    refuses(ln.main, "--dims=1", words=["dims", "2 or more"])
+    refuses(layernorm_linearity.main, "--dims=1", words=["dims", "2 or more"])

@@ -63,6 +63,13 @@ def test_an_unfinished_run_is_marked(runs):
     assert "(unfinished)" in cells(report.table([report.load_run("a")]))[0]["validation loss"]
 
 
+def test_a_run_of_one_window_and_no_step_has_no_error_and_no_speed(tiny):
+    train.train(tiny(out_dir="short", max_iters=0, block_size=300, tokens_per_step=2400))
+    (row,) = cells(report.table([report.load_run("short")]))
+    assert float(row["validation loss"]) > 0
+    assert row["tokens/s"] == "–"
+
+
 def test_mistakes_end_in_one_line(tmp_path, monkeypatch, refuses):
     monkeypatch.chdir(tmp_path)
     refuses(report.main, words=["python report.py out/"])

@@ -1,21 +1,14 @@
-"""Section 8.1: a change of basis through LayerNorm, RMSNorm and Dynamic Tanh; and Remark 3 as an experiment.
-
-    python -m theory.layernorm --out_dir=results/layernorm_linearity
+"""Section 8.1: a change of basis through LayerNorm, RMSNorm and Dynamic Tanh.
 
 Section 8.1 multiplies column vectors from the left (A L(x)), so a d×d matrix here maps (..., d) to x @ A.T; what the
-paper calls D is given by its diagonal, (d,), which is the norm's `weight`. H is the subspace of mean-free vectors. The
-command writes table.md and linearity.png: how far f_M(x) = L⁻¹(M L(x)) is from linear for random matrices M.
+paper calls D is given by its diagonal, (d,), which is the norm's `weight`. H is the subspace of mean-free vectors.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-
-import configurator
 
 
 def rounding(x):
@@ -261,165 +254,3 @@ def equation_9_gap(x, theta, norm, mlp, rewritten):
     """
     target = matvec(theta, norm(x + mlp(x)))
     return ((rewritten.norm(x + rewritten.mlp(x)) - target).abs().max() / target.abs().max()).item()
-
-
-@dataclass
-class LinearityConfig:
-    """Remark 3 as an experiment: how far f_M is from linear for random M."""
-
-    dims: tuple[int, ...] = (16, 64, 256, 1024, 4096, 16384, 65536)  # dimensions d
-    max_norm_dim: int = 4096  # the largest d for the matrices whose operator norm is computed
-    seeds: int = 5  # random matrices for each case
-    inputs: int = 512  # random vectors for each matrix
-    eps: float = 1e-5  # the norm's ε
-    out_dir: str = "results/layernorm_linearity"  # where table.md and linearity.png go
-
-
-INPUTS = {
-    "unit": "length 1 (Remark 3)",
-    "rms1": "entries N(0, 1)",
-    "varied": "entries N(0, s²), s from ½ to 2",
-}
-
-
-def draw_inputs(kind, d, n, generator):
-    """n random directions in d dimensions, (n, d) float64, of the lengths that INPUTS says."""
-    x = torch.randn(n, d, generator=generator, dtype=torch.float64)
-    if kind == "unit":
-        return x / x.norm(dim=-1, keepdim=True)
-    if kind == "varied":
-        return x * 2 ** (2 * torch.rand(n, 1, generator=generator, dtype=torch.float64) - 1)
-    return x
-
-
-def gaussian_images(x, generator):
-    """M x for the rows of x (n, d) and one M with entries N(0, 1/d), without making M where n < d.
-
-    With xᵀ = QR, M xᵀ = (MQ)R, and MQ has independent entries N(0, 1/d) too, because Q's columns are orthonormal.
-    """
-    n, d = x.shape
-    rest = torch.linalg.qr(x.T, mode="r").R if n < d else x.T
-    return (torch.randn(d, len(rest), generator=generator, dtype=x.dtype) / math.sqrt(d) @ rest).T
-
-
-def linearity(lengths, image_lengths, d, eps):
-    """How far f_M is from linear on inputs of the given lengths ‖c‖ and ‖Mc‖, both (n,): a dict of three numbers.
-
-    undefined: the share of inputs where f_M is undefined. coefficient: the median of a(x) where f_M(x) = a(x)·Mx.
-    distance: over the inputs where f_M is defined, the root mean square of f_M(x) − cMx next to that of f_M(x), for
-    the c that makes it smallest: 0 is linear, 1 the most there is.
-    """
-    room = d * eps + (lengths.square() - image_lengths.square())
-    defined = room > 0
-    a, w = (d * eps / room[defined]).sqrt(), image_lengths[defined].square()
-    if not len(a):
-        return {"undefined": 1.0, "coefficient": math.nan, "distance": math.nan}
-    captured = (a * w).sum().square() / (w.sum() * (a.square() * w).sum())
-    distance = (1 - captured).clamp(min=0).sqrt()
-    return {
-        "undefined": 1 - defined.double().mean().item(),
-        "coefficient": a.median().item(),
-        "distance": distance.item(),
-    }
-
-
-def measure(cfg):
-    """Remark 3's experiment: one record a case (matrix, inputs, d) and seed; see `linearity` for its numbers.
-
-    matrix is 'gaussian' (entries N(0, 1/d)), 'scaled' (such a matrix over its operator norm) or 'lemma' (Lemma 8.1's
-    M₀ for such an A, on centred inputs).
-    """
-    records = []
-    for d in cfg.dims:
-        for seed in range(cfg.seeds):
-            generator = torch.Generator().manual_seed(1_000_003 * seed + d)
-            matrices = {"gaussian": None}
-            if d <= cfg.max_norm_dim:
-                A = torch.randn(d, d, generator=generator, dtype=torch.float64) / math.sqrt(d)
-                matrices |= {"scaled": A / operator_norm(A), "lemma": lemma_8_1(A).M}
-            for inputs in INPUTS:
-                x = draw_inputs(inputs, d, cfg.inputs, generator)
-                for matrix, M in matrices.items():
-                    c = centre(x) if matrix == "lemma" else x
-                    image = gaussian_images(c, generator) if M is None else c @ M.T
-                    case = dict(matrix=matrix, inputs=inputs, d=d, seed=seed)
-                    records.append(case | linearity(c.norm(dim=-1), image.norm(dim=-1), d, cfg.eps))
-        print(f"d = {d} done", flush=True)
-    return records
-
-
-def summarise(records):
-    """(matrix, inputs, d) -> name -> (mean, standard deviation over seeds; 0 for one), sorted."""
-    cases = {}
-    for record in records:
-        cases.setdefault((record["matrix"], record["inputs"], record["d"]), []).append(record)
-    summary = {}
-    for case in sorted(cases):
-        summary[case] = {}
-        for name in ("undefined", "coefficient", "distance"):
-            values = torch.tensor([record[name] for record in cases[case]], dtype=torch.float64)
-            summary[case][name] = (values.mean().item(), values.std().item() if len(values) > 1 else 0.0)
-    return summary
-
-
-def table(summary):
-    """A Markdown table of the summary, mean ± standard deviation over matrices."""
-    lines = [
-        "| M | inputs | d | undefined for | coefficient | distance from linear |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-    ]
-    for (matrix, inputs, d), row in summary.items():
-        undefined, coefficient, distance = (row[name] for name in ("undefined", "coefficient", "distance"))
-        lines.append(
-            f"| {matrix} | {inputs} | {d:,} | {100 * undefined[0]:.1f} ± {100 * undefined[1]:.1f} % | "
-            f"{coefficient[0]:.3g} ± {coefficient[1]:.1g} | {distance[0]:.3g} ± {distance[1]:.1g} |"
-        )
-    return "\n".join(lines)
-
-
-def draw(summary, path):
-    """Write linearity.png: the distance from linear against d, one panel for each kind of input."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    styles = {
-        "gaussian": dict(label="Gaussian M", color="#D55E00", marker="o", markersize=5),
-        "scaled": dict(label="Gaussian M / ‖M‖", color="#0072B2", marker="^", markersize=11, markerfacecolor="none"),
-        "lemma": dict(label="Lemma 8.1's M₀", color="#009E73", marker="s", markersize=4),
-    }
-    figure, axes = plt.subplots(1, 3, figsize=(9.5, 4.3), sharey=True, layout="constrained")
-    for panel, (inputs, title) in zip(axes, INPUTS.items(), strict=True):
-        for matrix, style in styles.items():
-            points = sorted((d, row) for (m, i, d), row in summary.items() if (m, i) == (matrix, inputs))
-            mean, spread = ([row["distance"][k] for _, row in points] for k in (0, 1))
-            dims = [d for d, _ in points]
-            panel.errorbar(dims, mean, spread, capsize=3, **style)
-            if matrix == "gaussian":
-                share = [row["undefined"][0] or math.nan for _, row in points]
-                panel.plot(dims, share, ":", color="black", label="share of inputs with f undefined, Gaussian M")
-        panel.set(xscale="log", yscale="log", xlabel="dimension d", title=f"inputs: {title}")
-        panel.title.set_fontsize(11)
-        panel.grid(alpha=0.25)
-    axes[0].set_ylabel("distance of f from linear (0–1)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def main(argv):
-    """The command; see the module's docstring."""
-    cfg = configurator.parse(LinearityConfig, argv)
-    if not cfg.dims or min(cfg.dims) < 2 or cfg.seeds < 1 or cfg.inputs < 1 or not cfg.eps > 0:
-        raise ValueError("dims must be 2 or more each, seeds and inputs 1 or more, eps above 0")
-    folder = Path(cfg.out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    summary = summarise(measure(cfg))
-    (folder / "table.md").write_text(table(summary) + "\n", encoding="utf-8")
-    draw(summary, folder / "linearity.png")
-    print(table(summary))
-
-
-if __name__ == "__main__":
-    configurator.run(main)
