@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 MANIFEST_VERSION = 1
+SPLITS = ("train", "val")
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 END_OF_TEXT = "<|endoftext|>"
 GPT2_VOCABULARY_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
@@ -44,7 +45,7 @@ def dtype_for(vocab_size):
 def load_bins(data_dir, dataset):
     """The bins in data_dir/dataset. Raises ValueError when they are missing, cut short, or not what meta.json says."""
     folder = Path(data_dir) / dataset
-    paths = {split: folder / f"{split}.bin" for split in ("train", "val")}
+    paths = {split: folder / f"{split}.bin" for split in SPLITS}
     missing = [str(path) for path in paths.values() if not path.is_file()]
     if missing:
         raise ValueError(
@@ -84,9 +85,9 @@ def read_manifest(folder):
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_VERSION:
         raise ValueError(f"{path} is not a manifest of format {MANIFEST_VERSION}; prepare the data again")
     try:
-        counts = [manifest["splits"][split]["tokens"] for split in ("train", "val")]
+        counts = [manifest["splits"][split]["tokens"] for split in SPLITS]
         complete = DTYPES[manifest["dtype"]] and manifest["tokenizer"] and manifest["vocab_size"] + sum(counts)
-        [manifest["splits"][split]["sha256"] for split in ("train", "val")]
+        [manifest["splits"][split]["sha256"] for split in SPLITS]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} lacks a valid entry: {error}; prepare the data again") from error
     assert complete
@@ -192,6 +193,28 @@ def mask_tokens(x, vocab_size, data_seed, numbers):
     return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
+def recorded_windows(state, split, n_windows, data_dir=None, dataset=None):
+    """Inputs and targets, (n, block_size) int64 each, from the data that a checkpoint says it was trained on.
+
+    state: the dict of a checkpoint. split: 'train' or 'val'. n_windows: evenly spaced ones; None: all. Of an encoder's
+    windows tokens are masked as in training. data_dir, dataset: where the data is, if not where the checkpoint says.
+    Raises ValueError when the data is not known, not there, or another.
+    """
+    config = state.get("config") or {}
+    data_dir, dataset = data_dir or config.get("data_dir", "data"), dataset or config.get("dataset")
+    if dataset is None:
+        raise ValueError("the checkpoint does not say what it was trained on: name it with --dataset=…")
+    bins = load_bins(data_dir, dataset)
+    if bins.fingerprint != state.get("data_fingerprint", bins.fingerprint):
+        raise ValueError(f"{data_dir}/{dataset} is not the data of the checkpoint")
+    tokens, block_size = getattr(bins, split), state["model_config"]["block_size"]
+    offsets = evaluation_offsets(len(tokens), block_size, n_windows)
+    x, y = windows(tokens, offsets, block_size)
+    if config.get("objective") == "mlm":
+        return mask_tokens(x, bins.manifest["vocab_size"], 0, offsets)
+    return x, y
+
+
 def prefetch(make, keys):
     """Yield make(key) for each key, each made in a thread while the caller works on the one before."""
     with ThreadPoolExecutor(max_workers=1) as pool:
@@ -217,11 +240,11 @@ def _key(data_seed, number):
 
 def _fingerprint(tokens, manifest):
     if "splits" in manifest:
-        sums = [manifest["splits"][split]["sha256"] for split in ("train", "val")]
+        sums = [manifest["splits"][split]["sha256"] for split in SPLITS]
         return hashlib.sha256("".join(sums).encode()).hexdigest()[:16]
     # Bare bins can be 18 GB: their sizes and 4,096 tokens spread over each stand for them.
     digest = hashlib.sha256()
-    for split in ("train", "val"):
+    for split in SPLITS:
         n = len(tokens[split])
         digest.update(str(n).encode())
         digest.update(np.asarray(tokens[split][np.arange(4096) * n // 4096]).tobytes())

@@ -4,6 +4,7 @@ python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run-reduced/ckpt.pt
 python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run/no_wq.pt --gauge=orthonormal     loses least in bfloat16
 python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run/no_wk.pt --which=k --max_cond=1e5
 python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run/layer3.pt --layer=3              one layer's W_Q alone
+python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run/fitted.pt --approximate          where no theorem helps
 
 Computes in float64; prints each layer's condition number and how far the logits of the two models are apart. The new
 file has weights and configuration, no optimizer state, whose averages belong to the old weights. Where it lies in
@@ -22,7 +23,7 @@ import checkpoint
 import configurator
 import data
 import runlog
-from theory import reparametrize
+from theory import reparametrize, trained_model
 
 N_RANDOM = 8  # sequences of random tokens
 
@@ -37,7 +38,10 @@ class EliminateConfig:
     layer: int | None = None  # the only layer whose projection goes, from 0; none: all
     gauge: Literal["kept", "balanced", "orthonormal"] = "kept"  # the form of W_Q, W_K (Proposition 4.2) to begin with
     max_cond: float = reparametrize.MAX_COND  # the largest condition number of a matrix that is inverted
+    approximate: bool = False  # not exact: W_Q = I and the W_K that fits training text best, to fine-tune from
     windows: int | None = 32  # validation windows on which logits and loss are compared; none: all
+    data_dir: str | None = None  # where the text is; none: where the checkpoint says
+    dataset: str | None = None  # the folder in data_dir, for a checkpoint that does not name its data
 
     def __post_init__(self):
         for name, meaning in (("ckpt", "the checkpoint to rewrite"), ("out", "the file to write")):
@@ -45,6 +49,10 @@ class EliminateConfig:
                 raise ValueError(f"{name} is not given: name {meaning} with --{name}=…")
         if self.max_cond < 1:
             raise ValueError(f"max_cond must be at least 1, the condition number of the identity, not {self.max_cond}")
+        if self.approximate and (self.which, self.layer, self.gauge) != ("q", None, "kept"):
+            raise ValueError(
+                "approximate=True fits W_K to W_Q = I in all layers: leave which, layer and gauge as they are"
+            )
         if self.windows is not None and self.windows < 1:
             raise ValueError(f"windows must be at least 1, not {self.windows}")
 
@@ -64,63 +72,56 @@ def eliminate(cfg):
     if elsewhere and runlog.holds_run(target.parent):
         raise ValueError(f"{target.parent} holds another run: write to a folder without one, or to {source.parent}")
     model = checkpoint.build_model(state).eval()
-    matrix = f"W_{cfg.which.upper()}"
-
-    result = reparametrize.covering_result(model, cfg.which, cfg.layer)
-    inverts = result in reparametrize.BY_CHANGE_OF_BASIS
-    exact_original = copy.deepcopy(model).double()
-    start = exact_original if cfg.gauge == "kept" else reparametrize.change_gauge(exact_original, cfg.gauge)
-    conditions = reparametrize.condition_numbers(start, cfg.which, cfg.layer) if inverts else {}
-    print(f"{source}, step {state['step']}: {matrix} = I by {result}{'' if inverts else ', which inverts nothing'}")
-    for layer, condition in conditions.items():
-        print(f"layer {layer}: condition number of {matrix} {condition:.4g}")
-    exact = reparametrize.eliminate(start, cfg.which, cfg.layer, cfg.max_cond)
-    reduced = copy.deepcopy(exact).float()
+    print(f"{source}, step {state['step']}: ", end="")
+    original = copy.deepcopy(model).double()
+    result, conditions, rewritten = (fit if cfg.approximate else rewrite)(original, state, cfg)
+    reduced = copy.deepcopy(rewritten).float()
 
     before, after = model.num_params().total, reduced.num_params().total
     print(f"parameters: {before:,} → {after:,} ({after - before:+,})")
     if state["model_config"]["tie_weights"] and not reduced.config.tie_weights:
         print("embedding and LM head, which were tied, are two matrices now (Remark 2)")
-    models = {torch.float64: (exact_original, exact)} | dict.fromkeys([torch.float32, torch.bfloat16], (model, reduced))
+    models = {torch.float64: (original, rewritten)} | dict.fromkeys([torch.float32, torch.bfloat16], (model, reduced))
     shape = (N_RANDOM, model.config.block_size)
     random_tokens = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     found = {"result": result, "cond": conditions, "parameters": (before, after)}
     found["random"] = compare(models, random_tokens, random_tokens)
     print_comparison("random tokens", found["random"])
-    windows = validation_windows(state, cfg.windows)
-    found["real"] = windows and compare(models, *windows)
-    if windows:
-        print_comparison(f"{len(windows[0])} validation windows", found["real"])
+    try:
+        x, y = data.recorded_windows(state, "val", cfg.windows, cfg.data_dir, cfg.dataset)
+    except ValueError as error:
+        print(f"real tokens: {str(error).partition('. ')[0]}")
+        found["real"] = None
+    else:
+        found["real"] = compare(models, x, y)
+        print_comparison(f"{len(x)} validation windows", found["real"])
 
-    options = {name: getattr(cfg, name) for name in ("ckpt", "which", "layer", "gauge", "max_cond")}
+    options = {name: getattr(cfg, name) for name in ("ckpt", "which", "layer", "gauge", "max_cond", "approximate")}
     write(target, source, state, reduced, {**options, **found})
     print(f"wrote {target}: python sample.py --out_dir={target.parent} --ckpt={target.name}")
     print(f"to train on: the run's options and {' '.join(changed_options(state, reduced))} --init_from={target}")
     return found
 
 
-def validation_windows(state, n_windows):
-    """Inputs and targets, (n, block_size) int64 each, from the data that a checkpoint names; None, with a line, if not.
+def rewrite(original, state, cfg):
+    """The result that covers a GPT, {layer: condition number of Θ} and the GPT rewritten by it, as cfg says."""
+    result = reparametrize.covering_result(original, cfg.which, cfg.layer)
+    inverts = result in reparametrize.BY_CHANGE_OF_BASIS
+    start = original if cfg.gauge == "kept" else reparametrize.change_gauge(original, cfg.gauge)
+    conditions = reparametrize.condition_numbers(start, cfg.which, cfg.layer) if inverts else {}
+    matrix = f"W_{cfg.which.upper()}"
+    print(f"{matrix} = I by {result}{'' if inverts else ', which inverts nothing'}")
+    for layer, condition in conditions.items():
+        print(f"layer {layer}: condition number of {matrix} {condition:.4g}")
+    return result, conditions, reparametrize.eliminate(start, cfg.which, cfg.layer, cfg.max_cond)
 
-    Of an encoder's windows tokens are masked as in training.
-    """
-    config = state.get("config")
-    if config is None:
-        print("real tokens: the checkpoint does not say what it was trained on")
-        return None
-    try:
-        bins = data.load_bins(config["data_dir"], config["dataset"])
-    except ValueError as error:
-        print(f"real tokens: {str(error).partition('. ')[0]}")
-        return None
-    if bins.fingerprint != state["data_fingerprint"]:
-        print(f"real tokens: {config['data_dir']}/{config['dataset']} is not the data of the checkpoint")
-        return None
-    offsets = data.evaluation_offsets(len(bins.val), config["block_size"], n_windows)
-    x, y = data.windows(bins.val, offsets, config["block_size"])
-    if config["objective"] == "mlm":
-        return data.mask_tokens(x, bins.manifest["vocab_size"], 0, offsets)
-    return x, y
+
+def fit(original, state, cfg):
+    """As `rewrite`, by no theorem: W_Q = I and W_K fitted on the training text of the checkpoint `state`."""
+    x, _ = data.recorded_windows(state, "train", cfg.windows, cfg.data_dir, cfg.dataset)
+    print(f"W_Q = I and a W_K fitted on {len(x)} training windows; not exact, to fine-tune from")
+    fitted = trained_model.fit_keys(copy.deepcopy(original).float(), x)
+    return "a fitted W_K", {}, trained_model.without_queries(fitted).double()
 
 
 @torch.no_grad()

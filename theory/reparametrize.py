@@ -105,7 +105,8 @@ def orthonormal_gauge(w_q, w_k, n_kv_head):
 
     Arguments as for `balancing_gauge`. `eliminate` then inverts W_QD: what made a head badly conditioned in itself has
     gone to W_K, and what is left is the angles between heads. Unless heads share keys, no D has a cond(W_QD) smaller
-    by more than √n_head (Demmel 1983, on block scaling). Raises ValueError for a head whose columns are dependent.
+    by more than √n_head: if the columns of each head of A are orthonormal, ‖A‖ ≤ √n_head, and for any other choice AD
+    ‖D‖ ≤ ‖AD‖ and σ_min(A) ≥ σ_min(AD)/‖D‖. Raises ValueError for a head whose columns are dependent.
     """
     r = torch.linalg.qr(stack_groups(w_q, w_k, n_kv_head)).R
     for head, values in enumerate(torch.linalg.svdvals(r)):
@@ -221,8 +222,8 @@ def covering_result(model, which="q", layer=None):
         raise ValueError(
             f"norm={config.norm} between the layers: no change of basis goes through a normalisation exactly (Remark "
             f"5), so W_{which.upper()} cannot be taken out of these weights. What can be done: train with "
-            f"w{which}_identity=True from the start, or start from these weights with W_{which.upper()} left out and "
-            "fine-tune; exact are models with norm=none"
+            f"w{which}_identity=True from the start{', or --approximate and fine-tune' * (which == 'q')}; exact are "
+            "models with norm=none"
         )
     if identities:
         names = ", ".join(f"w{name}_identity" for name in identities)
