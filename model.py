@@ -170,15 +170,18 @@ class SelfAttention(nn.Module):
         self.rotate = Rotary(d_k, config.block_size) if config.pos == "rope" else nn.Identity()
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
-        B, T, d = x.shape
+    def project(self, x):
+        """Queries, keys and values, rotated with rotary positions; (B, heads, T, d_k) each."""
         projected = list(self.c_attn(x).split(self.widths, dim=-1))
         q, k, v = [x if identity else projected.pop(0) for identity in self.is_identity]
-        q, k, v = (t.view(B, T, -1, self.d_k).transpose(1, 2) for t in (q, k, v))  # (B, heads, T, d_k)
+        q, k, v = (t.unflatten(-1, (-1, self.d_k)).transpose(1, 2) for t in (q, k, v))
+        return self.rotate(q), self.rotate(k), v
+
+    def forward(self, x):
+        q, k, v = self.project(x)
         dropout_p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v, dropout_p=dropout_p, **self.options)
-        y = y.transpose(1, 2).reshape(B, T, d)
-        return self.resid_dropout(self.c_proj(y))
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, **self.options)  # (B, n_head, T, d_k)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
 
 class MLP(nn.Module):

@@ -1,8 +1,8 @@
 """What a run writes beside its checkpoints: metrics, progress, the summary, and their mirror in Weights & Biases.
 
 The files of the run folder are the truth. `metrics.jsonl` has one JSON object a line, `{"step": …, "kind":
-"train" or "eval", …}`; step counts optimizer steps, so a train record of step n is about the n-th step and an eval
-record about the weights after it.
+"train", "eval" or "diagnostics", …}`; step counts optimizer steps, so a train record of step n is about the n-th step
+and the others are about the weights after it.
 """
 
 import datetime
@@ -117,6 +117,10 @@ class RunLog:
         error = "" if values["val_loss_se"] is None else f" ± {values['val_loss_se']:.4f}"
         self.say(f"step {step}/{self._max_steps} | validation loss {values['val_loss']:.4f}{error}")
 
+    def diagnostics(self, step, **values):
+        """Record what `diagnostics.measure` says of the weights after step: lists with a number a layer."""
+        self._record(step, "diagnostics", values)
+
     def say(self, line):
         """Print a line without breaking the progress bar."""
         if self._bar.disable:
@@ -147,7 +151,7 @@ class RunLog:
         self._metrics.flush()
         os.fsync(self._metrics.fileno())  # a checkpoint must never be on the disk before the metrics up to its step
         if self._wandb:
-            self._wandb.log({"step": step, **{f"{kind}/{name}": value for name, value in values.items()}})
+            self._wandb.log({"step": step, **_flat(kind, values)})
 
 
 def facts(run):
@@ -229,6 +233,15 @@ def versions():
 def now():
     """The time in UTC, to the second, as ISO 8601."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _flat(kind, values):
+    """'kind/name' -> number for W&B; a list with a number a layer becomes 'kind/name/0', 'kind/name/1', …"""
+    flat = {}
+    for name, value in values.items():
+        numbers = {f"{name}/{i}": item for i, item in enumerate(value)} if isinstance(value, list) else {name: value}
+        flat |= {f"{kind}/{key}": number for key, number in numbers.items() if number is not None}
+    return flat
 
 
 def _start_wandb(folder, config, run):

@@ -19,9 +19,12 @@ import torch
 import checkpoint
 import configurator
 import data
+import diagnostics
 import parallel
 import runlog
 from model import GPT, GPTConfig
+
+DIAGNOSTIC_WINDOWS = 4
 
 
 @dataclass
@@ -35,6 +38,7 @@ class TrainConfig(GPTConfig):
     eval_windows: int = 2400  # windows of block_size tokens in an evaluation; the last one takes all of val.bin
     objective: Literal["clm", "mlm"] = "clm"  # causal language modelling, or masked (with causal=False)
     eval_only: bool = False  # evaluate the weights of out_dir, or of init_from, on all of val.bin, and write nothing
+    diagnostics: bool = False  # record each layer's attention logits, entropy, norms and gradients at evaluations
     log_interval: int = 10  # steps between metrics and progress lines
     tokens_per_step: int = 480 * 1024  # tokens in one optimizer step, over all micro-batches
     batch_size: int = 12  # sequences in a micro-batch; gradient accumulation follows from tokens_per_step
@@ -334,6 +338,12 @@ class Trainer:
 
         return evaluate(self.fast_model, examples, offsets, self.cfg.batch_size, self.autocast, self.device)
 
+    def diagnose(self):
+        """What `diagnostics.measure` says of the model on the first few of the windows of an evaluation."""
+        offsets = self.some_windows[:DIAGNOSTIC_WINDOWS]
+        x, y = self.examples(self.bins.val, offsets, data_seed=0, numbers=offsets)
+        return diagnostics.measure(self.model, x.to(self.device), y.to(self.device), self.autocast)
+
 
 def train(cfg):
     """Train as cfg says; the content of summary.json, or None when the run was stopped before its end.
@@ -361,6 +371,8 @@ def train(cfg):
             losses = run.evaluate(windows)
             record = mean_and_error(losses[np.isin(windows, run.some_windows)])  # the same windows at every step
             log.eval(run.step, **record)
+            if cfg.diagnostics:
+                log.diagnostics(run.step, **run.diagnose())
             is_best = record["val_loss"] < run.best_val_loss
             run.best_val_loss = min(run.best_val_loss, record["val_loss"])
             run.save(link="best.pt" if is_best else None)
