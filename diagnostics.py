@@ -19,7 +19,7 @@ def of_attention(attn, x):
     group = q.size(1) // k.size(1)
     logits = q @ k.repeat_interleave(group, dim=1).mT * attn.options["scale"]  # (B, n_head, T, T)
     seen = torch.ones_like(logits[0, 0], dtype=torch.bool)
-    if attn.options["is_causal"]:
+    if attn.is_causal:
         seen = seen.tril()
     n_keys = seen.sum(dim=-1)  # of each query
     visible = logits.masked_fill(~seen, 0.0)

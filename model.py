@@ -140,11 +140,18 @@ class Rotary(nn.Module):
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
-    def forward(self, x):
-        cos, sin = self.cos[: x.size(2)], self.sin[: x.size(2)]
+    def forward(self, x, positions=None):
+        """x at positions, (T,) int64; None: at 0 to T − 1."""
+        rows = slice(x.size(2)) if positions is None else positions
+        cos, sin = self.cos[rows], self.sin[rows]
         first, second = at_least_float32(x).chunk(2, dim=-1)
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
         return turned.type_as(x)
+
+
+def leave(x, positions=None):
+    """No rotary positions: x as it is."""
+    return x
 
 
 class SelfAttention(nn.Module):
@@ -159,29 +166,34 @@ class SelfAttention(nn.Module):
         d, d_k = config.n_embd, config.n_embd // config.n_head
         self.d_k, self.dropout = d_k, config.dropout
         n_kv_head = config.n_kv_head or config.n_head
-        self.options = dict(
-            scale=config.attn_scale / math.sqrt(d_k), is_causal=config.causal, enable_gqa=n_kv_head < config.n_head
-        )
+        self.is_causal = config.causal
+        self.options = dict(scale=config.attn_scale / math.sqrt(d_k), enable_gqa=n_kv_head < config.n_head)
         self.is_identity = (config.wq_identity, config.wk_identity, config.wv_identity)
         widths = (d, n_kv_head * d_k, n_kv_head * d_k)
         self.widths = [width for width, identity in zip(widths, self.is_identity, strict=True) if not identity]
         self.c_attn = nn.Linear(d, sum(self.widths), bias=config.bias)
         self.c_proj = nn.Linear(d, d, bias=config.bias)
-        self.rotate = Rotary(d_k, config.block_size) if config.pos == "rope" else nn.Identity()
+        self.rotate = Rotary(d_k, config.block_size) if config.pos == "rope" else leave
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def project(self, x):
-        """Queries, keys and values, rotated with rotary positions; (B, heads, T, d_k) each."""
+    def project(self, x, positions=None):
+        """Queries, keys and values of x, rotated if positions are rotary (`Rotary`); (B, heads, T, d_k) each."""
         projected = list(self.c_attn(x).split(self.widths, dim=-1))
         q, k, v = [x if identity else projected.pop(0) for identity in self.is_identity]
         q, k, v = (t.unflatten(-1, (-1, self.d_k)).transpose(1, 2) for t in (q, k, v))
-        return self.rotate(q), self.rotate(k), v
+        return self.rotate(q, positions), self.rotate(k, positions), v
 
-    def forward(self, x):
-        q, k, v = self.project(x)
+    def forward(self, x, cache=None):
+        if cache is None:
+            q, k, v = self.project(x)
+            visible = dict(is_causal=self.is_causal)
+        else:
+            q, k, v = self.project(x, cache.positions)
+            k, v = cache.extend(k, v)
+            visible = dict(attn_mask=cache.mask)
         dropout_p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, **self.options)  # (B, n_head, T, d_k)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, **visible, **self.options)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # from (B, n_head, T, d_k)
 
 
 class MLP(nn.Module):
@@ -253,8 +265,8 @@ class Block(nn.Module):
         self.join_attn = add if config.attn_skip else replace
         self.join_mlp = add if config.mlp_skip else replace
 
-    def forward(self, x):
-        x = self.join_attn(x, self.attn(self.ln_1(x)))
+    def forward(self, x, cache=None):
+        x = self.join_attn(x, self.attn(self.ln_1(x), cache))
         return self.join_mlp(x, self.mlp(self.ln_2(x)))
 
 
@@ -265,9 +277,9 @@ class ParallelBlock(Block):
         super().__init__(config)
         del self.ln_2
 
-    def forward(self, x):
+    def forward(self, x, cache=None):
         normalised = self.ln_1(x)
-        return self.join_attn(x, self.attn(normalised) + self.mlp(normalised))
+        return self.join_attn(x, self.attn(normalised, cache) + self.mlp(normalised))
 
 
 class GPT(nn.Module):
@@ -304,10 +316,11 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def forward(self, idx, targets=None, reduction="mean"):
+    def forward(self, idx, targets=None, reduction="mean", cache=None):
         """Logits, and with targets the cross-entropy in nats.
 
-        idx: (B, T) int64, T at most block_size. targets: (B, T) int64; −1 is ignored.
+        idx: (B, T) int64, T at most block_size. targets: (B, T) int64; −1 is ignored. cache: the decode.KVCache of
+        the tokens before idx, advanced by T; None: there are none before.
         Returns (logits, loss): with targets, logits (B, T, vocab_size) and the mean loss over the targets that count,
         or each token's loss, (B·T,), with reduction='none'; without, logits of the last position alone,
         (B, 1, vocab_size), and None. Raises ValueError when T exceeds block_size.
@@ -317,12 +330,12 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens do not fit into the model's block_size={self.config.block_size}")
         x = self.transformer.wte(idx)  # (B, T, n_embd)
         if self.config.pos == "learned":
-            x = x + self.transformer.wpe.weight[:T]
+            x = x + self.transformer.wpe.weight[slice(T) if cache is None else cache.positions]
         x = self.transformer.drop(x)
         balance_loss = 0.0
-        for layer in self.order:
-            x = self.transformer.h[layer](x)
-            balance_loss = balance_loss + self.transformer.h[layer].mlp.balance_loss
+        for layer, block in enumerate(self.order):
+            x = self.transformer.h[block](x, cache and cache.layer(layer))
+            balance_loss = balance_loss + self.transformer.h[block].mlp.balance_loss
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, [-1]]), None
@@ -337,34 +350,3 @@ class GPT(nn.Module):
         sizes = {name: parameter.numel() for name, parameter in self.named_parameters()}
         in_layers = sum(size for name, size in sizes.items() if ".attn." in name or ".mlp." in name)
         return ParamCount(sum(sizes.values()), in_layers)
-
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, progress=None):
-        """Continue each row of idx, (B, T) int64 with T ≥ 1, by max_new_tokens; (B, T + max_new_tokens).
-
-        The model sees the last block_size tokens. temperature 0 takes the likeliest token; top_k keeps the k likeliest,
-        top_p the smallest set of them whose probability reaches p. progress is called with 1 after each token.
-        """
-        for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.config.block_size :])
-            token = sample_token(logits[:, -1].float(), temperature, top_k, top_p, generator)
-            idx = torch.cat((idx, token), dim=1)
-            if progress:
-                progress(1)
-        return idx
-
-
-def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """One token a row, (B, 1) int64, from logits (B, vocab_size); the options of `GPT.generate`."""
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p is not None:
-        descending, order = logits.sort(descending=True)
-        p = descending.softmax(dim=-1)
-        beyond = p.cumsum(dim=-1) - p >= top_p  # what is likelier already reaches top_p; the first token always stays
-        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
-    return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)

@@ -15,6 +15,7 @@ import torch
 import checkpoint
 import configurator
 import data
+import decode
 import parallel
 import runlog
 
@@ -34,6 +35,7 @@ class SampleConfig:
     seed: int = 1337  # of the draws
     device: str = "auto"  # cpu, cuda, cuda:1, …; auto: cuda where there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: the fastest safe one
+    compile: bool = False  # torch.compile: half a minute to begin with, faster tokens after it
 
     def __post_init__(self):
         for name in ("num_samples", "max_new_tokens", "top_k"):
@@ -87,21 +89,27 @@ def sample(cfg):
     generator = torch.Generator(device).manual_seed(cfg.seed)
     print(f"{folder / cfg.ckpt}, step {state['step']}", file=sys.stderr)
 
-    texts = []
     with (
         tqdm(total=cfg.num_samples * cfg.max_new_tokens, unit="token", disable=not sys.stderr.isatty()) as bar,
         autocast,
     ):
-        for _ in range(cfg.num_samples):
-            idx = torch.tensor([prompt], device=device)
-            idx = model.generate(
-                idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, generator, progress=bar.update
-            )
-            # Ids in the padded part of the vocabulary mean nothing; an untrained model may still draw them.
-            tokens = [token for token in idx[0].tolist() if token < tokenizer.n_vocab]
-            texts.append(tokenizer.decode(tokens))
-            with bar.external_write_mode(sys.stdout):
-                print(f"{texts[-1]}\n---------------")
+        tokens = decode.generate(
+            model,
+            torch.tensor([prompt], device=device),
+            cfg.max_new_tokens,
+            cfg.temperature,
+            cfg.top_k,
+            cfg.top_p,
+            generator,
+            cfg.num_samples,
+            cfg.compile,
+            bar.update,
+        )
+    texts = []
+    for row in tokens.tolist():
+        # Ids in the padded part of the vocabulary mean nothing; an untrained model may still draw them.
+        texts.append(tokenizer.decode([token for token in row if token < tokenizer.n_vocab]))
+        print(f"{texts[-1]}\n---------------")
     return texts
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import configurator
-from model import GPT, GPTConfig, ParamCount, sample_token
+from model import GPT, GPTConfig, ParamCount
 from train import TrainConfig
 
 CONFIG = Path(__file__).resolve().parents[1] / "config"
@@ -211,41 +211,6 @@ def test_initialisation_is_gpt_2_s():
         else:
             std = 0.02 / (2 * 2) ** 0.5 if "c_proj" in name else 0.02
             assert parameter.std().item() == pytest.approx(std, rel=0.03), name
-
-
-def test_generation_past_the_block_size_sees_the_last_block():
-    torch.manual_seed(5)
-    model = randomise(GPT(SMALL))
-    idx = torch.randint(97, (2, 20))
-    generated = model.generate(idx, 30, temperature=0)
-    assert generated.shape == (2, 50)
-    for t in range(20, 50):
-        logits, _ = model(generated[:, max(0, t - 24) : t])
-        assert torch.equal(logits[:, -1].argmax(-1), generated[:, t])
-
-
-@settings(max_examples=50, deadline=None)
-@given(top_k=st.integers(1, 12), top_p=st.floats(0.05, 1.0), seed=st.integers(0, 2**31))
-def test_sampling_draws_only_what_top_k_and_top_p_leave(top_k, top_p, seed):
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(1, 10, generator=generator) * 2
-    p = logits.softmax(-1)[0]
-    order = p.argsort(descending=True).tolist()
-    smallest = next(n for n in range(1, 11) if n == 10 or p[order[:n]].sum() >= top_p - 1e-6)
-    draws = {sample_token(logits, top_k=top_k, generator=generator).item() for _ in range(40)}
-    assert draws <= set(order[:top_k])
-    draws = {sample_token(logits, top_p=top_p, generator=generator).item() for _ in range(40)}
-    assert draws <= set(order[: min(10, smallest + 1)])
-    assert sample_token(logits, temperature=0).item() == order[0]
-
-
-def test_sampling_follows_the_distribution():
-    generator = torch.Generator().manual_seed(6)
-    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
-    counts = torch.zeros(4)
-    for _ in range(4000):
-        counts[sample_token(logits, temperature=2.0, generator=generator)] += 1
-    torch.testing.assert_close(counts / 4000, (logits / 2).softmax(-1)[0], rtol=0, atol=0.03)
 
 
 @pytest.mark.parametrize(

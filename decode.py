@@ -1,0 +1,124 @@
+"""Generate text: the prompt once, then a token at a time with the keys and values of those before it kept (KV cache).
+
+What comes out is what the model would give without a cache. Beyond the block size that needs the whole window again
+for each token, because every position in it has moved.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class KVCache:
+    """The keys and values of each layer for the tokens seen so far, in tensors that are allocated once.
+
+    batch_size: sequences. max_tokens: the most that they will hold, at most the model's block_size. Call `advance`
+    before each forward pass.
+    """
+
+    STRIDE = 128  # attention looks at a multiple of this many places, so that few shapes occur
+
+    def __init__(self, model, batch_size, max_tokens):
+        config, weight = model.config, model.lm_head.weight
+        n_kv_head = config.n_kv_head or config.n_head
+        shape = (2, config.n_layer, batch_size, n_kv_head, max_tokens, config.n_embd // config.n_head)
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        self.tensors = torch.zeros(shape, dtype=dtype, device=weight.device)
+        self.n_tokens = 0
+
+    def advance(self, n_new):
+        """Make room for the next n_new tokens of each sequence."""
+        device = self.tensors.device
+        self.positions = torch.arange(self.n_tokens, self.n_tokens + n_new, device=device)
+        self.n_tokens += n_new
+        n_places = min(-(-self.n_tokens // self.STRIDE) * self.STRIDE, self.tensors.size(4))
+        self.mask = torch.arange(n_places, device=device) <= self.positions[:, None]  # (n_new, n_places)
+
+    def repeat(self, n):
+        """Give each sequence n copies, which stand next to each other."""
+        self.tensors = self.tensors.repeat_interleave(n, dim=2)
+
+    def layer(self, number):
+        """The LayerCache of one layer, for the tokens of the last `advance`."""
+        return LayerCache(*self.tensors[:, number], self.positions, self.mask)
+
+
+class LayerCache(NamedTuple):
+    """What attention needs of a KVCache."""
+
+    keys: torch.Tensor  # (B, n_kv_head, max_tokens, d_k), as are the values
+    values: torch.Tensor
+    positions: torch.Tensor  # (n_new,) int64, of the new tokens
+    mask: torch.Tensor  # (n_new, n_places), True where a new token sees a place
+
+    def extend(self, k, v):
+        """Keep the new tokens' k and v, (B, n_kv_head, n_new, d_k); those of all places that the mask is about."""
+        for kept, new in ((self.keys, k), (self.values, v)):
+            kept.index_copy_(2, self.positions, new.to(kept.dtype))
+        n_places = self.mask.size(1)
+        return self.keys[:, :, :n_places], self.values[:, :, :n_places]
+
+
+@torch.no_grad()
+def generate(
+    model,
+    idx,
+    max_new_tokens,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    generator=None,
+    num_samples=1,
+    compile_step=False,
+    progress=None,
+):
+    """Continue each row of idx, (B, T) int64 with T ≥ 1, num_samples times by max_new_tokens tokens.
+
+    Returns (B · num_samples, T + max_new_tokens), the samples of a row next to each other; they share the work on the
+    prompt. The model sees the last block_size tokens. temperature 0 takes the likeliest token; top_k keeps the k
+    likeliest, top_p the smallest set of them whose probability reaches p. compile_step: torch.compile for the tokens
+    after the prompt. progress is called after each token with the number of sequences. Nothing waits for a GPU.
+    """
+    block_size, n_prompt = model.config.block_size, idx.size(1)
+    tokens = idx.new_empty(idx.size(0) * num_samples, n_prompt + max_new_tokens)
+    tokens[:, :n_prompt] = idx.repeat_interleave(num_samples, dim=0)
+    prompt = idx[:, -block_size:]
+    cache = KVCache(model, len(prompt), min(block_size, prompt.size(1) + max_new_tokens - 1))
+    cache.advance(prompt.size(1))
+    logits, _ = model(prompt, cache=cache)
+    logits = logits.repeat_interleave(num_samples, dim=0)
+    cache.repeat(num_samples)
+    step = model
+    if compile_step:
+        torch._dynamo.mark_static_address(cache.tensors)  # CUDA graphs may write to it
+        step = torch.compile(model, mode="reduce-overhead")
+    for n in range(n_prompt, n_prompt + max_new_tokens):
+        if n > n_prompt:
+            if cache.n_tokens < block_size:
+                cache.advance(1)
+                logits, _ = step(tokens[:, n - 1 : n], cache=cache)
+            else:
+                logits, _ = model(tokens[:, n - block_size : n])
+        tokens[:, n] = sample_token(logits[:, -1].float(), temperature, top_k, top_p, generator)
+        if progress:
+            progress(len(tokens))
+    return tokens
+
+
+def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """A token for each row of logits (B, vocab_size), (B,) int64; the options of `generate`."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p is not None:
+        descending, order = logits.sort(descending=True)
+        p = descending.softmax(dim=-1)
+        beyond = p.cumsum(dim=-1) - p >= top_p  # what is likelier already reaches top_p; the first token always stays
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
+    # The least of exponential times with rates p: a draw from p, without torch.multinomial's wait for the device.
+    times = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits.softmax(dim=-1) / times).argmax(dim=-1)
