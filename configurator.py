@@ -39,34 +39,35 @@ def parse(schema, argv, positional=None):
     return schema(**read(schema, argv, positional=positional))
 
 
-def read(schema, argv, base=None, positional=None):
+def read(schema, argv, base=None, positional=None, usage=None):
     """name -> value of the fields of the dataclass `schema` that command-line arguments set.
 
     base: values that come before those of the files (a stored run's configuration, say).
     positional: the name of the field that takes the arguments without `--`; None: they are config files.
+    usage: what `--help` says first; None: the docstring of schema's module.
     Raises ValueError for a name that schema does not have, a value of another type, or an unreadable file, naming the
     field and where it was set. Prints the fields and exits on `--help`.
     """
     if "--help" in argv or "-h" in argv:
-        print(describe(schema))
+        print(describe(schema, usage))
         raise SystemExit(0)
     fields = field_types(schema)
     values = {}  # name -> (value, where it was set)
     for name, value in (base or {}).items():
-        values[_known(name, fields, "the stored configuration")] = (value, "the stored configuration")
+        values[known(name, fields, "the stored configuration")] = (value, "the stored configuration")
     words = config_files(argv)
     if positional:
         values[positional] = (tuple(words), "the command line")
     for path in () if positional else words:
         for name, (value, where) in read_config_file(path).items():
-            values[_known(name, fields, where)] = (value, where)
+            values[known(name, fields, where)] = (value, where)
     for argument in argv:
         if argument.startswith("--"):
             name, equals, text = argument[2:].partition("=")
-            _known(name, fields, "the command line")
+            known(name, fields, "the command line")
             if not equals and fields[name] is not bool:
                 raise ValueError(f"--{name} needs a value: write --{name}=…")
-            values[name] = (_from_text(text, fields[name]) if equals else True, "the command line")
+            values[name] = (from_text(text, fields[name]) if equals else True, "the command line")
     return {name: coerce(name, value, fields[name], where) for name, (value, where) in values.items()}
 
 
@@ -145,14 +146,14 @@ def type_name(kind):
     return kind.__name__
 
 
-def describe(schema):
+def describe(schema, usage=None):
     """Every field with its default and the comment that stands after it in the source of its dataclass."""
     comments = {}
     for cls in reversed(schema.__mro__[:-1]):
         for line in inspect.getsource(cls).splitlines():
             declaration, _, comment = line.partition("  # ")
             comments.setdefault(declaration.partition(":")[0].strip(), comment)
-    usage = inspect.getmodule(schema).__doc__ or ""
+    usage = usage or inspect.getmodule(schema).__doc__ or ""
     rows = [
         f"  --{field.name}={field.default!r}\n        {comments[field.name]} [{type_name(kind)}]"
         for field, kind in zip(dataclasses.fields(schema), field_types(schema).values(), strict=True)
@@ -184,7 +185,8 @@ def run(main, argv=None):
         sys.exit(0)
 
 
-def _known(name, fields, where):
+def known(name, fields, where):
+    """name, if it is among fields; raises ValueError, with the nearest of them, if not. where: what names it."""
     if name not in fields:
         near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else "--help lists the options"
@@ -196,7 +198,7 @@ def _is_store(node):
     return isinstance(node.ctx, ast.Store)
 
 
-def _from_text(text, kind):
+def from_text(text, kind):
     """The value that command-line text stands for, given the field's type; text itself where it is no literal."""
     alternatives = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if text.lower() == "none" and types.NoneType in alternatives:
@@ -205,7 +207,7 @@ def _from_text(text, kind):
         return text
     for choice in alternatives:
         if typing.get_origin(choice) is tuple:
-            return tuple(_from_text(item.strip(), typing.get_args(choice)[0]) for item in text.split(",") if item)
+            return tuple(from_text(item.strip(), typing.get_args(choice)[0]) for item in text.split(",") if item)
     if text.lower() in WORDS:
         return WORDS[text.lower()]
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import configurator
 from model import GPTConfig
-from train import TrainConfig
+from train_config import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -37,19 +37,19 @@ def of_attention(attn, x):
     }
 
 
-def of_weights(attn):
-    """Frobenius norms of W_Q and W_K (None for an identity), and of the gradient of all matrices of a SelfAttention."""
+def of_weights(attn, gradients):
+    """Frobenius norms of a SelfAttention's W_Q and W_K (None for an identity), and of all its gradients together."""
     parts = iter(attn.c_attn.weight.split(attn.widths))
     w_q, w_k = [None if identity else next(parts).norm().item() for identity in attn.is_identity[:2]]
-    squares = [p.grad.float().square().sum().item() for p in attn.parameters() if p.grad is not None]
-    return {"W_Q_norm": w_q, "W_K_norm": w_k, "grad_norm": math.sqrt(sum(squares))}
+    squares = sum(gradient.float().square().sum().item() for gradient in gradients)
+    return {"W_Q_norm": w_q, "W_K_norm": w_k, "grad_norm": math.sqrt(squares)}
 
 
 def measure(model, x, y, autocast):
     """`of_attention` and `of_weights` of each layer of a GPT on inputs x and targets y, (n, T) int64: {name: [floats]}.
 
-    Lists have an entry a layer, in the order in which layers run. Gradients are those of the loss on x and y; the
-    model's own, which must be None, are None again afterwards, and its mode and random state stay.
+    Lists have an entry a layer, in the order in which layers run. Gradients are those of the loss on x and y. The
+    model's mode, its own gradients and the random state stay as they are.
     """
     rows = []
     attentions = [block.attn for block in model.transformer.h]
@@ -67,12 +67,15 @@ def measure(model, x, y, autocast):
     try:
         with autocast:
             _, loss = model(x, y)
-            loss.backward()
+        # Not backward(), which would also fill the parameters' gradients and wake DistributedDataParallel.
+        parameters = [list(attn.parameters()) for attn in attentions]
+        gradients = iter(torch.autograd.grad(loss, [p for own in parameters for p in own]))
     finally:
         for handle in handles:
             handle.remove()
         model.train(training)
-    weights = [of_weights(attn) for attn in attentions]
-    model.zero_grad(set_to_none=True)
+    weights = [
+        of_weights(attn, [next(gradients) for _ in own]) for attn, own in zip(attentions, parameters, strict=True)
+    ]
     rows = [row | weights[block] for row, block in zip(rows, model.order, strict=True)]
     return {name: [row[name] for row in rows] for name in rows[0]}

@@ -154,6 +154,28 @@ class RunLog:
             self._wandb.log({"step": step, **_flat(kind, values)})
 
 
+class Silence:
+    """Stands in for a RunLog in all processes of a run but the first."""
+
+    def __init__(self, *_):
+        """Takes what a RunLog takes."""
+
+    def train(self, *_, **__):
+        """Nothing, like the rest."""
+
+    eval = diagnostics = say = train
+
+    def finish(self, values):
+        """Returns values."""
+        return values
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        """Nothing was opened."""
+
+
 def facts(run):
     """What run.json says of a run (a train.Trainer) beside its configuration."""
     return {
@@ -181,9 +203,10 @@ def header(run):
         "parameters": f"{parameters.total:,}, of these {parameters.attn_mlp:,} in attention and MLP",
         "data": f"{cfg.data_dir}/{cfg.dataset} ({run.bins.manifest['tokenizer']}, fingerprint {run.bins.fingerprint}): "
         f"{train} training tokens, {val} validation tokens",
-        "step": f"{cfg.tokens_per_step:,} tokens: {run.micro_batches} × {cfg.batch_size} sequences of {cfg.block_size}",
+        "step": f"{cfg.tokens_per_step:,} tokens: {run.n_own // run.batch_size} × {run.batch_size} sequences of "
+        f"{cfg.block_size}" + f" in each of {run.world.size} processes" * (run.world.size > 1),
         "schedule": f"{schedule}; weight decay {cfg.weight_decay:g}",
-        "device": f"{facts(run)['device']}, {facts(run)['dtype']}{', compiled' * (run.fast_model is not run.model)}",
+        "device": f"{facts(run)['device']}, {facts(run)['dtype']}{', compiled' * run.compiled}",
     }
     return "\n".join(f"{name:<10}  {row}" for name, row in rows.items())
 

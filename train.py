@@ -1,17 +1,16 @@
-"""Train a GPT, with or without W_Q: config files and `--key=value` options, in this order, set the fields below.
+"""Train a GPT, with or without W_Q: config files, then `--key=value` options, set the fields of TrainConfig.
 
 python train.py config/reduced_tied.py                          the paper's protocol, on OpenWebText
 python train.py config/quick.py config/reduced_tied.py          the same in two CPU minutes, on the embedded corpus
 python train.py config/reduced_tied.py --resume                 go on with that run
 python train.py config/reduced_tied.py --weight_decay=2**-6 --out_dir=out/wd6
+torchrun --nproc_per_node=8 train.py config/reduced_tied.py     the same run on eight GPUs
 """
 
 import dataclasses
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -22,93 +21,11 @@ import data
 import diagnostics
 import parallel
 import runlog
-from model import GPT, GPTConfig
+from model import GPT
+from train_config import TrainConfig
 
 DIAGNOSTIC_WINDOWS = 4
-
-
-@dataclass
-class TrainConfig(GPTConfig):
-    """One training run; the defaults are the paper's protocol (Section 5.2.1 and the authors' configurations)."""
-
-    out_dir: str = "out/train"  # the run folder; unless given, out/ and the names of the config files
-    data_dir: str = "data"  # where datasets are
-    dataset: str = "openwebtext"  # the folder in data_dir that holds train.bin and val.bin
-    eval_interval: int = 1000  # steps between evaluations; each writes a checkpoint
-    eval_windows: int = 2400  # windows of block_size tokens in an evaluation; the last one takes all of val.bin
-    objective: Literal["clm", "mlm"] = "clm"  # causal language modelling, or masked (with causal=False)
-    eval_only: bool = False  # evaluate the weights of out_dir, or of init_from, on all of val.bin, and write nothing
-    diagnostics: bool = False  # record each layer's attention logits, entropy, norms and gradients at evaluations
-    log_interval: int = 10  # steps between metrics and progress lines
-    tokens_per_step: int = 480 * 1024  # tokens in one optimizer step, over all micro-batches
-    batch_size: int = 12  # sequences in a micro-batch; gradient accumulation follows from tokens_per_step
-    max_iters: int = 105_000  # optimizer steps
-    learning_rate: float = 6e-4  # the peak
-    min_lr: float | None = None  # where the cosine ends; none: learning_rate / 10
-    warmup_iters: int = 2000  # steps of linear warm-up
-    lr_decay_iters: int | None = 600_000  # the step where the cosine ends, be it beyond max_iters; none: max_iters
-    decay_lr: bool = True  # warm-up and cosine; False: learning_rate throughout
-    beta1: float = 0.9  # AdamW's average of the gradient
-    beta2: float = 0.95  # AdamW's average of the squared gradient
-    grad_clip: float = 1.0  # the largest gradient norm; 0: no clipping
-    weight_decay: float = 0.1  # of all 2-D parameters; the paper's reduced models have 2**-5
-    weight_decay_attn: float | None = None  # of the attention matrices; none: weight_decay
-    weight_decay_mlp: float | None = None  # of the MLP matrices; none: weight_decay
-    weight_decay_embd: float | None = None  # of both embeddings and the LM head; none: weight_decay
-    seed: int = 1337  # of the initial weights and of dropout
-    data_seed: int | None = None  # of the order of the data; none: seed
-    init_from: str = "scratch"  # or a checkpoint file, ours or nanoGPT's, whose weights the run starts from
-    resume: bool = False  # go on with the run in out_dir
-    save_steps: tuple[int, ...] = (50_000, 100_000, 105_000)  # steps whose checkpoints are kept
-    device: str = "auto"  # cpu, cuda, cuda:1, …; auto: cuda where there is one
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: the fastest safe one
-    compile: bool | None = None  # torch.compile; none: on CUDA
-    wandb_log: bool = False  # mirror the metrics to Weights & Biases
-    wandb_project: str = "wq-identity"  # the W&B project
-    wandb_run_name: str | None = None  # the W&B name; none: that of the run folder
-
-    def __post_init__(self):
-        super().__post_init__()
-        positive = (
-            "eval_interval eval_windows log_interval tokens_per_step batch_size learning_rate lr_decay_iters".split()
-        )
-        decays = "weight_decay weight_decay_attn weight_decay_mlp weight_decay_embd".split()
-        for name in [*positive, *decays, *"max_iters min_lr warmup_iters beta1 beta2 grad_clip seed data_seed".split()]:
-            value = getattr(self, name)
-            if value is not None and (value < 0 or (value == 0 and name in positive)):
-                raise ValueError(f"{name} must {'be positive' if name in positive else 'not be negative'}, not {value}")
-        if self.data_seed is None:
-            self.data_seed = self.seed
-        if max(self.beta1, self.beta2) >= 1:
-            raise ValueError(f"beta1={self.beta1} and beta2={self.beta2} must be below 1")
-        if self.causal != (self.objective == "clm"):
-            raise ValueError(
-                f"objective={self.objective} does not go with causal={self.causal}: a decoder (causal=True) learns by "
-                "objective=clm, an encoder (causal=False), which sees the next token, by objective=mlm"
-            )
-        micro_batch = self.batch_size * self.block_size
-        if self.tokens_per_step % micro_batch:
-            lower = self.tokens_per_step // micro_batch * micro_batch
-            near = " or ".join(str(tokens) for tokens in (lower, lower + micro_batch) if tokens)
-            raise ValueError(
-                f"tokens_per_step={self.tokens_per_step} is no whole number of micro-batches of {micro_batch} tokens "
-                f"(batch_size={self.batch_size} × block_size={self.block_size}): the nearest is {near}"
-            )
-
-    def learning_rate_at(self, step):
-        """The learning rate after `step` steps: linear warm-up, then a cosine from the peak to min_lr."""
-        if not self.decay_lr:
-            return self.learning_rate
-        if step < self.warmup_iters:
-            return self.learning_rate * (step + 1) / (self.warmup_iters + 1)
-        end = self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
-        lowest = self.learning_rate / 10 if self.min_lr is None else self.min_lr
-        progress = min(1.0, (step - self.warmup_iters) / max(1, end - self.warmup_iters))
-        return lowest + (self.learning_rate - lowest) * (1 + math.cos(math.pi * progress)) / 2
-
-    def model_config(self):
-        """The GPTConfig among these fields."""
-        return GPTConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(GPTConfig)})
+FIRST_TOKENS = {"cuda": 2**16, "cpu": 2**13}  # of a micro-batch with batch_size=0; more is not faster
 
 
 def make_optimizer(model, cfg, device_type):
@@ -126,10 +43,15 @@ def make_optimizer(model, cfg, device_type):
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=device_type in ("cpu", "cuda"))
 
 
-def accumulate_gradients(model, x, y, micro_batches, autocast, scaler):
-    """Add the gradient of the mean loss over x and y, (sequences, T), to the parameters; that loss, on the device."""
+def accumulate_gradients(model, x, y, batch_size, autocast, scaler, synchronise=lambda on: None):
+    """Add the gradient of the mean loss over x and y, (sequences, T), to the parameters; that loss, on the device.
+
+    batch_size: sequences at a time. synchronise: called with True before the last of these, with False before others.
+    """
     total = 0.0
-    for micro_x, micro_y in zip(x.chunk(micro_batches), y.chunk(micro_batches), strict=True):
+    micro_batches = len(x) // batch_size
+    for number, (micro_x, micro_y) in enumerate(zip(x.split(batch_size), y.split(batch_size), strict=True), start=1):
+        synchronise(number == micro_batches)
         with autocast:
             _, loss = model(micro_x, micro_y)
         scaler.scale(loss / micro_batches).backward()
@@ -170,6 +92,7 @@ class Trainer:
     def __init__(self, cfg):
         self.cfg = cfg
         self.folder = Path(cfg.out_dir)
+        self.world = parallel.world()
         self.device = parallel.choose_device(cfg.device)
         self.dtype = parallel.choose_dtype(cfg.dtype, self.device, cfg)
         self.bins = data.load_bins(cfg.data_dir, cfg.dataset)
@@ -180,7 +103,9 @@ class Trainer:
                 f"the model has vocab_size={cfg.vocab_size}"
             )
         self.n_sequences = cfg.tokens_per_step // cfg.block_size
-        self.micro_batches = self.n_sequences // cfg.batch_size
+        self.n_own = cfg.sequences_per_process(self.world.size)  # of a step, in this process
+        limit = FIRST_TOKENS[self.device.type] // cfg.block_size
+        self.batch_size = cfg.batch_size or parallel.smaller_batch_size(self.n_own, limit)
         self.offsets(step=0)  # raises while nothing is written if there are too few tokens
         self.all_windows = data.evaluation_offsets(len(self.bins.val), cfg.block_size)
         self.some_windows = data.evaluation_offsets(len(self.bins.val), cfg.block_size, cfg.eval_windows)
@@ -193,11 +118,17 @@ class Trainer:
         elif cfg.init_from != "scratch":
             checkpoint.load_weights(self.model, checkpoint.load(cfg.init_from))
         self.model.to(self.device)
+        if self.world.rank:
+            torch.manual_seed(cfg.seed + 2**32 * self.world.rank)  # other units drop out than in the first process
         on_cuda = self.device.type == "cuda"
         if on_cuda:
             torch.set_float32_matmul_precision("high")
-        compiled = on_cuda if cfg.compile is None else cfg.compile
-        self.fast_model = torch.compile(self.model) if compiled else self.model
+        if cfg.recompute:
+            parallel.recompute_activations(self.model)
+        self.compiled = on_cuda if cfg.compile is None else cfg.compile
+        self.fast_model, self.synchronise = parallel.spread(
+            self.model, self.compiled, cfg.shard, self.world, self.device
+        )
         self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         self.optimizer = make_optimizer(self.model, cfg, self.device.type)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -225,14 +156,17 @@ class Trainer:
 
     def restore(self, state):
         """Take over everything but the weights from a checkpoint."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(parallel.cut(self.optimizer, state["optimizer"]))
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.best_val_loss = state["step"], state["best_val_loss"]
         self.train_seconds = state["train_seconds"]
         self.started -= state["wall_seconds"]
-        torch.set_rng_state(state["rng"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in state["rng"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        if self.world.rank == 0:  # the checkpoint has the random state of the first process
+            torch.set_rng_state(state["rng"]["cpu"])
+            if self.device.type == "cuda" and "cuda" in state["rng"]:
+                torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        else:
+            torch.manual_seed(self.cfg.seed + 2**32 * self.world.rank + self.step)
         if state["data_fingerprint"] != self.bins.fingerprint:
             print(f"warning: the data ({self.bins.fingerprint}) is not the checkpoint's ({state['data_fingerprint']})")
 
@@ -241,11 +175,14 @@ class Trainer:
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        weights, optimizer = parallel.whole(self.model.state_dict()), parallel.whole(self.optimizer.state_dict())
+        if self.world.rank:
+            return
         checkpoint.save(
             self.folder / "ckpt.pt",
-            model=self.model.state_dict(),
+            model=weights,
             model_config=dataclasses.asdict(self.model.config),
-            optimizer=self.optimizer.state_dict(),
+            optimizer=optimizer,
             scaler=self.scaler.state_dict(),
             step=self.step,
             rng=rng,
@@ -270,11 +207,12 @@ class Trainer:
         return x, y
 
     def batches(self):
-        """The batch of each step that is left, on the device: x and y, (n_sequences, block_size) int64."""
+        """This process's part of each step that is left, on the device: x and y, (sequences, block_size) int64."""
 
         def make(step):
-            numbers = step * self.n_sequences + np.arange(self.n_sequences)
-            batch = self.examples(self.bins.train, self.offsets(step), self.cfg.data_seed, numbers)
+            numbers = self.world.share(step * self.n_sequences + np.arange(self.n_sequences))
+            offsets = self.world.share(self.offsets(step))
+            batch = self.examples(self.bins.train, offsets, self.cfg.data_seed, numbers)
             return [tokens.pin_memory() for tokens in batch] if self.device.type == "cuda" else batch
 
         for batch in data.prefetch(make, range(self.step, self.cfg.max_iters)):
@@ -284,14 +222,31 @@ class Trainer:
         """One optimizer step, without waiting for the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.cfg.learning_rate_at(self.step)
-        loss = accumulate_gradients(self.fast_model, x, y, self.micro_batches, self.autocast, self.scaler)
+        loss = self.accumulate(x, y)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip or math.inf)
+        norm = parallel.whole(norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.unchecked.append((loss, norm))
         self.step += 1
+
+    def accumulate(self, x, y):
+        """`accumulate_gradients`; with batch_size=0 in smaller micro-batches, from here on, if memory is too small."""
+        while True:
+            try:
+                args = (self.fast_model, x, y, self.batch_size, self.autocast, self.scaler, self.synchronise)
+                return accumulate_gradients(*args)
+            except torch.OutOfMemoryError as error:
+                if self.cfg.batch_size or self.batch_size == 1 or self.cfg.shard == "full":
+                    raise ValueError(
+                        f"a micro-batch of {self.batch_size} × {self.cfg.block_size} tokens does not fit into the "
+                        "device's memory: set a smaller batch_size, or 0 to find one, or recompute=True"
+                    ) from error
+            self.optimizer.zero_grad(set_to_none=True)
+            self.batch_size = parallel.smaller_batch_size(self.n_own, self.batch_size // 2)
+            print(f"out of memory: from here on micro-batches of {self.batch_size} sequences")
 
     def start_clock(self):
         """Time the steps from here to the next check."""
@@ -302,7 +257,7 @@ class Trainer:
 
         Raises FloatingPointError, leaving nonfinite.json in the run folder, when one of them is not finite.
         """
-        values = torch.stack([torch.stack(pair) for pair in self.unchecked]).tolist()
+        values = self.world.mean(torch.stack([torch.stack(pair) for pair in self.unchecked])).tolist()
         self.unchecked.clear()
         seconds = time.perf_counter() - self.clock
         self.train_seconds += seconds
@@ -318,7 +273,8 @@ class Trainer:
                 "before": [{"loss": str(a), "grad_norm": str(b)} for a, b in values[: step - self.step]],
                 "offsets": self.offsets(step).tolist(),
             }
-            data.write_json(self.folder / "nonfinite.json", dump)
+            if self.world.rank == 0:
+                data.write_json(self.folder / "nonfinite.json", dump)
             raise FloatingPointError(
                 f"step {step + 1}: loss {loss}, gradient norm {norm} (its batch: {self.folder / 'nonfinite.json'}); "
                 "the checkpoint before it is intact: resume from it with a smaller learning_rate"
@@ -336,7 +292,10 @@ class Trainer:
         def examples(some):  # the masks of a window are the same whenever, and by whatever run, it is evaluated
             return self.examples(self.bins.val, some, data_seed=0, numbers=some)
 
-        return evaluate(self.fast_model, examples, offsets, self.cfg.batch_size, self.autocast, self.device)
+        padded = np.append(offsets, np.repeat(offsets[-1:], -len(offsets) % self.world.size))
+        own = self.world.share(padded)
+        losses = evaluate(self.fast_model, examples, own, self.batch_size, self.autocast, self.device)
+        return self.world.gather(losses)[: len(offsets)]
 
     def diagnose(self):
         """What `diagnostics.measure` says of the model on the first few of the windows of an evaluation."""
@@ -361,8 +320,10 @@ def train(cfg):
         print(f"{run.folder} is finished: it has its {run.step} steps")
         return finished
 
+    run.world.wait()  # all have seen the folder as it was, before the first writes into it
+    start_log = runlog.Silence if run.world.rank else runlog.RunLog
     with (
-        runlog.RunLog(cfg.out_dir, dataclasses.asdict(cfg), runlog.facts(run), run.step) as log,
+        start_log(cfg.out_dir, dataclasses.asdict(cfg), runlog.facts(run), run.step) as log,
         parallel.StopSignal() as stop,
     ):
         log.say(runlog.header(run))
@@ -383,9 +344,11 @@ def train(cfg):
         run.start_clock()
         for x, y in run.batches():
             run.update(x, y)
-            stopping, last = stop.requested, run.step == cfg.max_iters
             log_due, eval_due = run.step % cfg.log_interval == 0, run.step % cfg.eval_interval == 0
-            keep = run.step in cfg.save_steps
+            keep, last = run.step in cfg.save_steps, run.step == cfg.max_iters
+            stopping = stop.requested
+            if run.world.size > 1:  # a signal reaches them at different steps: they agree when they wait anyway
+                stopping = log_due and run.world.any(stopping)
             if not (log_due or eval_due or keep or stopping or last):
                 continue
             record = run.check()
@@ -405,7 +368,7 @@ def train(cfg):
 
 def main(argv):
     """The command; see the module's docstring."""
-    values = configurator.read(TrainConfig, argv)
+    values = configurator.read(TrainConfig, argv, usage=__doc__)
     names = [Path(path).stem for path in configurator.config_files(argv)]
     if names:
         values.setdefault("out_dir", "out/" + "-".join(names))
@@ -415,6 +378,7 @@ def main(argv):
         stored = runlog.read_json(Path(out_dir) / "config.json")
         values = configurator.read(TrainConfig, argv, base=stored)
     result = train(TrainConfig(**{**values, "out_dir": out_dir}))
+    parallel.leave()
     return 0 if result else 130  # as a shell says of a command that Ctrl-C ended, so that what depends on it stops, too
 
 

@@ -157,12 +157,12 @@ def test_gradients_do_not_depend_on_the_accumulation(tiny, wq_identity):
     trainer = train.Trainer(tiny(wq_identity=wq_identity))
     x, y = next(iter(trainer.batches()))
     gradients, losses = {}, {}
-    for micro_batches in (1, 8):
+    for batch_size in (1, 8):
         trainer.model.zero_grad()
-        losses[micro_batches] = train.accumulate_gradients(
-            trainer.model, x, y, micro_batches, trainer.autocast, trainer.scaler
+        losses[batch_size] = train.accumulate_gradients(
+            trainer.model, x, y, batch_size, trainer.autocast, trainer.scaler
         )
-        gradients[micro_batches] = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+        gradients[batch_size] = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
     torch.testing.assert_close(losses[1], losses[8])
     for name, gradient in gradients[1].items():
         torch.testing.assert_close(gradient, gradients[8][name], rtol=1e-4, atol=1e-7)

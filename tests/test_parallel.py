@@ -1,0 +1,126 @@
+"""Several processes: the run of one, resumed from one to two and back; micro-batches that shrink; recomputation."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import parallel
+import runlog
+import train
+
+STEPS = 50
+SCHEDULE = dict(max_iters=STEPS, eval_interval=25, batch_size=2, dtype="float32", weight_decay=0.1)
+
+
+def losses(folder):
+    """Training losses and gradient norms of each step, then validation losses, of a run folder."""
+    records = runlog.read_metrics(folder)
+    train_records = [(r["loss"], r["grad_norm"]) for r in records if r["kind"] == "train"]
+    assert len(train_records) == STEPS
+    return np.array(train_records), np.array([r["val_loss"] for r in records if r["kind"] == "eval"])
+
+
+def test_two_processes_are_the_run_of_one_sharded_or_not_and_go_on_from_each_other(tiny):
+    whole = tiny(out_dir="one", wq_identity=True, attn_scale=0.5, **SCHEDULE)
+    half = dict(max_iters=STEPS // 2, lr_decay_iters=STEPS)
+    train.train(whole)
+    train.train(dataclasses.replace(whole, out_dir="one-then-ddp", **half))
+    shutil.copytree("one-then-ddp", "one-then-full")
+    runs = [
+        dict(out_dir="ddp"),
+        dict(out_dir="full", shard="full"),
+        dict(out_dir="one-then-ddp", resume=True, lr_decay_iters=STEPS),
+        dict(out_dir="one-then-full", resume=True, lr_decay_iters=STEPS, shard="full"),
+        dict(out_dir="ddp-then-one", **half),
+        dict(out_dir="full-then-one", shard="full", **half),
+    ]
+    options = dataclasses.asdict(whole)
+    Path("runs.json").write_text(json.dumps([{**options, **changes} for changes in runs]))
+    script = Path(__file__).with_name("two_processes.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+    result = subprocess.run(
+        [*command, str(script), "runs.json"], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "2 × 2 sequences of 16 in each of 2 processes" in result.stdout
+    for folder in ("ddp-then-one", "full-then-one"):
+        train.train(dataclasses.replace(whole, out_dir=folder, resume=True, lr_decay_iters=STEPS))
+
+    expected = losses("one")
+    for folder in ("ddp", "full", "one-then-ddp", "one-then-full", "ddp-then-one", "full-then-one"):
+        for mine, other in zip(losses(folder), expected, strict=True):
+            np.testing.assert_allclose(mine, other, rtol=2e-4, err_msg=folder)
+        state, reference = (checkpoint.load(f"{name}/ckpt.pt") for name in (folder, "one"))
+        for name, tensor in reference["model"].items():
+            torch.testing.assert_close(state["model"][name], tensor, rtol=1e-3, atol=1e-4)
+        for index, entry in reference["optimizer"]["state"].items():
+            assert state["optimizer"]["state"][index]["exp_avg"].shape == entry["exp_avg"].shape
+        assert runlog.read_json(f"{folder}/summary.json")["windows"] == 31
+
+
+def test_a_batch_that_does_not_divide_among_processes_is_refused(tiny):
+    assert tiny(batch_size=2).sequences_per_process(2) == 4
+    with pytest.raises(
+        ValueError, match=r"tokens_per_step=128 .* 32 tokens .* in each of 3 processes.*: the nearest is 96 or 192"
+    ):
+        tiny(batch_size=2).sequences_per_process(3)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(tiny, monkeypatch, capsys):
+    expected = train.train(tiny(out_dir="plain"))
+    original, sizes = train.accumulate_gradients, []
+
+    def too_large(model, x, y, batch_size, *rest):
+        sizes.append(batch_size)
+        result = original(model, x, y, batch_size, *rest)  # gradients are there when the memory ends
+        if batch_size > 2 and len(sizes) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return result
+
+    monkeypatch.setattr(train, "accumulate_gradients", too_large)
+    found = train.train(tiny(out_dir="small", batch_size=0))
+    assert sizes[:7] == [8, 8, 8, 8, 4, 2, 2]
+    assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
+    assert "out of memory: from here on micro-batches of 2 sequences" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"micro-batch of 8 × 16 tokens does not fit .* batch_size, or 0"):
+        train.train(tiny(out_dir="fixed"))
+
+
+@pytest.mark.parametrize(("n", "limit", "size"), [(480, 64, 60), (32, 64, 32), (7, 6, 1), (480, 0, 1), (30, 7, 6)])
+def test_micro_batches_divide_the_sequences(n, limit, size):
+    assert parallel.smaller_batch_size(n, limit) == size
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(dropout=0.1), dict(n_expert=3, norm="rmsnorm"), dict(share_layers=True)], ids=str
+)
+def test_recomputed_activations_give_the_same_run(tiny, changes):
+    expected = train.train(tiny(out_dir="kept", max_iters=10, **changes))
+    found = train.train(tiny(out_dir="recomputed", max_iters=10, recompute=True, **changes))
+    assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-6)
+
+
+def test_recomputation_keeps_less(tiny):
+    kept = {}
+    for recompute in (False, True):
+        trainer = train.Trainer(tiny(recompute=recompute, n_layer=6))
+        x, y = next(iter(trainer.batches()))
+        kept[recompute] = 0
+
+        def keep(tensor, recompute=recompute):
+            kept[recompute] += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            trainer.model(x, y)
+    assert kept[True] < kept[False] / 2
