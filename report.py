@@ -1,131 +1,173 @@
-"""Compare runs: a table of what each is and what it reached, and a figure of their loss curves.
+"""Compare runs: what each arm is, what it reached, and whether its difference to the control is more than chance.
 
-    python report.py out/quick-baseline_tied out/quick-reduced_tied --out_dir=out/report
+python report.py out/study_wd_scale-quick                            a study of sweep.py, finished or not
+python report.py out/quick-baseline_tied out/quick-reduced_tied      run folders, the first of them the control
+python report.py out/baseline-s* out/reduced-s*                      runs that differ in the seed alone are one arm
 
-Writes report.md and loss.png into out_dir, and prints the table.
+Writes report.md, report.html (one file with its pictures), runs.csv, comparison.csv and the figures into out_dir, and
+prints the table and the verdicts.
 """
 
+import csv
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+import arms
+import comparison
 import configurator
-import runlog
-
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+import figures
+import page
+import sections
+from cost import cost
+from model import GPTConfig
 
 
 @dataclass
 class ReportConfig:
     """Which runs to compare, and where the comparison goes."""
 
-    runs: tuple[str, ...] = ()  # run folders, given without --
-    out_dir: str = "out/report"  # where report.md and loss.png go
+    runs: tuple[str, ...] = ()  # a study folder, or run folders, given without --
+    control: str | None = None  # the arm to compare all others with; none: the study's own, or the first run's
+    out_dir: str | None = None  # where the report goes; none: report/ in the study folder, or out/report
 
 
-def load_run(folder):
-    """A run folder's name, config, run facts, metrics and summary (None while unfinished). Raises ValueError."""
-    config, facts = (runlog.read_json(Path(folder) / name) for name in ("config.json", "run.json"))
-    if config is None or facts is None:
-        raise ValueError(f"{folder} is not a run folder: it has no config.json and run.json")
-    summary = runlog.read_json(Path(folder) / "summary.json")
-    metrics = runlog.read_metrics(folder)
-    return {"name": Path(folder).name, "config": config, "facts": facts, "metrics": metrics, "summary": summary}
+def training_flops(run):
+    """Operations of a finished run's training."""
+    known = {field.name for field in dataclasses.fields(GPTConfig)}
+    config = GPTConfig(**{name: value for name, value in run.config.items() if name in known})
+    return cost(config).training_flops * run.summary["tokens"]
 
 
-def table(runs):
-    """A Markdown table with one row a run; losses in nats a token."""
-    rows = [
-        ["run", "W_Q", "scale", "weight decay", "parameters", "attn + MLP", "steps", "validation loss", "tokens/s"],
-        ["---"] + ["---:"] * 8,
-    ]
-    for run in runs:
-        config, parameters, summary = run["config"], run["facts"]["parameters"], run["summary"]
-        if summary:
-            error, rate = summary["val_loss_se"], summary["tokens_per_second"]
-            loss = f"{summary['val_loss']:.4f}" + ("" if error is None else f" ± {error:.4f}")
-            speed = "–" if rate is None else f"{rate:,.0f}"
-        else:
-            evaluations = [record for record in run["metrics"] if record["kind"] == "eval"]
-            loss = f"{evaluations[-1]['val_loss']:.4f} (unfinished)" if evaluations else "unfinished"
-            speed = "–"
-        rows.append(
-            [
-                run["name"],
-                "I" if config["wq_identity"] else "trained",
-                f"{config['attn_scale']:g}/√{config['n_embd'] // config['n_head']}",
-                f"{config['weight_decay']:g}",
-                millions(parameters["total"]),
-                millions(parameters["attn_mlp"]),
-                f"{summary['steps'] if summary else last_step(run['metrics']):,}",
-                loss,
-                speed,
-            ]
+def draw(results, flops, folder):
+    """Draw what the results support into folder; a list of page.Figure. flops: run folder -> training operations."""
+    several = any(len(cell.runs) > 1 for cell in results.cells)
+    bands = "Bands and bars are 95 % t-intervals over seeds." if several else "One seed: no intervals."
+    best = ", each arm at its best point of the grid" if results.tuned_fields else ""
+    wanted = {
+        "loss.png": (figures.curves, f"Loss during training{best}, and below the difference to the control. {bands}"),
+        "heat_map.png": (figures.heat_maps, "Mean validation loss over the grid; frames mark the best points."),
+        "grid.png": (
+            figures.lines,
+            "Validation loss over the grid and, below, the paired differences. What all arms of a seed share widens "
+            f"the bars above, and not those below. {bands}",
+        ),
+        "cost.png": (
+            lambda results, path: figures.cost(results, flops, path),
+            f"Validation loss{best} against what it costs; grey lines lead from a control to its arms. {bands}",
+        ),
+    }
+    drawn = [page.Figure(name, text) for name, (function, text) in wanted.items() if function(results, folder / name)]
+    for cell, control in results.best_pairs:
+        name = (
+            "-".join(["diagnostics", cell.arm, *map(arms.value_text, results.size(cell).values())]).replace("/", "-")
+            + ".png"
         )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        if figures.diagnostics(cell, control, folder / name):
+            text = f"Inside the attention of {control.label} (left) and {cell.label}, layer by layer; means over seeds."
+            drawn.append(page.Figure(name, text))
+    return drawn
 
 
-def millions(count):
-    """A number of parameters as Table 2 prints them: 124.4M, 0.780M."""
-    return f"{count / 1e6:.1f}M" if count >= 10e6 else f"{count / 1e6:.3f}M"
+def run_rows(results, flops):
+    """The rows of runs.csv, a dict for each run, finished or not."""
+    measured = "steps tokens val_loss val_loss_se best_val_loss train_loss tokens_per_second".split()
+    rows = [
+        {"arm": cell.arm}
+        | cell.point
+        | {"seed": run.config["seed"], "data_seed": run.config["data_seed"], "folder": run.folder, "state": "finished"}
+        | {name: run.summary[name] for name in measured}
+        | {"parameters": run.facts["parameters"]["total"], "attn_mlp": run.facts["parameters"]["attn_mlp"]}
+        | {"training_flops": flops[run.folder], "data": run.facts["data"]["fingerprint"]}
+        | {"git_commit": run.facts["git_commit"], "torch": run.facts["versions"]["torch"]}
+        | {"device": run.facts["device"], "dtype": run.facts["dtype"]}
+        for cell, run in results.runs
+    ]
+    return rows + [{"folder": folder, "state": why} for folder, why in results.unfinished]
 
 
-def last_step(metrics):
-    """The step of the last record, 0 where there is none."""
-    return max((record["step"] for record in metrics), default=0)
+def comparison_rows(kind, pairs, comparisons):
+    """The rows of comparison.csv for (cell, control) pairs. kind: 'best' against best, or at the 'same point'."""
+    return [
+        {"compared": kind, "arm": cell.arm}
+        | cell.point
+        | {"control": control.label}
+        | {name: value for name, value in dataclasses.asdict(found.difference).items() if name != "n"}
+        | {"p_holm": found.p_holm, "seeds": found.difference.n, "seeds_needed": found.seeds_needed}
+        | {"verdict": found.verdict}
+        for (cell, control), found in zip(pairs, comparisons, strict=True)
+    ]
 
 
-def draw(runs, path):
-    """Write the loss curves of runs to a PNG: training loss thin, validation loss thick, against training tokens."""
-    import matplotlib
+def compare(pairs):
+    """A comparison.Comparison for each (cell, control)."""
+    return comparison.compare([(cell.losses, control.losses) for cell, control in pairs])
 
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for run, colour in zip(runs, COLOURS * len(runs), strict=False):
-        per_step = run["config"]["tokens_per_step"] / 1e6
-        for kind, name, style in (
-            ("train", "loss", {"linewidth": 0.8, "alpha": 0.45}),
-            ("eval", "val_loss", {"linewidth": 2, "marker": "o", "markersize": 3, "label": run["name"]}),
-        ):
-            records = [record for record in run["metrics"] if record["kind"] == kind]
-            axes.plot([r["step"] * per_step for r in records], [r[name] for r in records], color=colour, **style)
-    losses = [r["val_loss"] for run in runs for r in run["metrics"] if r["kind"] == "eval" and r["step"]]
-    if losses:  # the first steps would flatten everything else
-        lowest = min(losses + [r["loss"] for run in runs for r in run["metrics"] if r["kind"] == "train"])
-        axes.set_ylim(lowest - 0.05 * (max(losses) - lowest), max(losses) + 0.25 * (max(losses) - lowest))
-    axes.set_xlabel("training tokens (millions)")
-    axes.set_ylabel("loss (nats a token)")
-    axes.set_title("Validation loss (thick) and training loss (thin)", fontsize=11)
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def write_csv(path, rows):
+    """Write dicts as CSV, with a column for each name among them, in order."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def parts(results, comparisons, drawn):
+    """The parts of the report, in order."""
+    content = [page.Heading(results.name, level=1)]
+    content += [page.Items(sections.verdicts(results, comparisons))] if len(results.arms) > 1 else []
+    content += [page.Paragraph(text) for text in sections.setting(results)]
+    content += [page.Heading("What was trained, and what it reached"), sections.table_2(results.best)]
+    if note := sections.paper_note(results.best):
+        content.append(page.Paragraph(note))
+    if comparisons:
+        content += [page.Heading("Differences to the control"), sections.differences(results.best_pairs, comparisons)]
+        content.append(page.Items(sections.reading_notes(results.best_pairs, comparisons)))
+    if drawn:
+        content += [page.Heading("Figures"), *drawn]
+    if results.tuned_fields:
+        content += [page.Heading("The grid"), page.Items(sections.tuning_notes(results)), sections.every_point(results)]
+    content += [page.Heading("Runs"), *sections.run_table(results)]
+    if results.unfinished:
+        content.append(page.Paragraph("Not finished, and in no number of this report:"))
+        content.append(page.Items(sections.unfinished_runs(results)))
+    if results.command:
+        content += [page.Paragraph("To repeat the study:"), page.Code(results.command)]
+    return content
 
 
 def report(cfg):
-    """Write the report of cfg.runs; its table. Raises ValueError when there are none or one is not a run folder."""
+    """Write the report; (the folder that it is in, its table, its verdicts as sentences).
+
+    Raises ValueError when there is nothing to report, or when the runs cannot be compared; see arms.load.
+    """
     if not cfg.runs:
-        raise ValueError("name the run folders to compare: python report.py out/FIRST out/SECOND")
-    runs = [load_run(folder) for folder in cfg.runs]
-    folder = Path(cfg.out_dir)
+        raise ValueError("name a study, or the run folders to compare: python report.py out/FIRST out/SECOND")
+    results = arms.load(cfg.runs, cfg.control)
+    is_study = (Path(cfg.runs[0]) / "study.json").exists()
+    folder = Path(cfg.out_dir or (Path(cfg.runs[0]) / "report" if is_study else "out/report"))
     folder.mkdir(parents=True, exist_ok=True)
-    text = table(runs)
-    (folder / "report.md").write_text(
-        f"{text}\n\nLosses in nats a token over all of the validation split, ± the standard error over its windows.\n\n"
-        "![Loss curves](loss.png)\n",
-        encoding="utf-8",
-    )
-    draw(runs, folder / "loss.png")
-    return text
+    flops = {run.folder: training_flops(run) for _, run in results.runs}
+    comparisons = compare(results.best_pairs)
+    content = parts(results, comparisons, draw(results, flops, folder))
+    (folder / "report.md").write_text(page.markdown(content), encoding="utf-8")
+    (folder / "report.html").write_text(page.web_page(content, results.name, folder), encoding="utf-8")
+    write_csv(folder / "runs.csv", run_rows(results, flops))
+    rows = comparison_rows("best", results.best_pairs, comparisons)
+    if results.tuned_fields:
+        rows += comparison_rows("same point", results.point_pairs, compare(results.point_pairs))
+    write_csv(folder / "comparison.csv", rows)
+    return folder, sections.table_2(results.best), sections.verdicts(results, comparisons)
 
 
 def main(argv):
     """The command; see the module's docstring."""
-    cfg = configurator.parse(ReportConfig, argv, positional="runs")
-    print(report(cfg))
-    print(f"\n{cfg.out_dir}/report.md, {cfg.out_dir}/loss.png")
+    folder, table, verdicts = report(configurator.parse(ReportConfig, argv, positional="runs"))
+    print(table.markdown())
+    print()
+    for verdict in verdicts:
+        print(f"- {verdict}")
+    print(f"\n{folder}/report.md, {folder}/report.html")
 
 
 if __name__ == "__main__":

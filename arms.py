@@ -1,0 +1,327 @@
+"""Run folders grouped into arms: what is compared with what, and the losses and curves of each.
+
+A study folder (see study.py) says which run is of which arm, at which point of the grid, and which arm is its control.
+Run folders without a study are grouped by their configurations: runs that differ in nothing but the seed are one arm.
+"""
+
+import dataclasses
+import itertools
+import os
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+import runlog
+from study import identity, last_step, read_study, run_folder, state
+from train_config import TrainConfig
+
+
+@dataclass
+class Run:
+    """A run folder's files as train.py wrote them; summary is None while the run is not finished."""
+
+    folder: Path
+    config: dict
+    facts: dict
+    summary: dict | None
+
+    @cached_property
+    def metrics(self):
+        """The records of metrics.jsonl, in order."""
+        return runlog.read_metrics(self.folder)
+
+    @property
+    def seed(self):
+        """(seed, data_seed): runs of two arms that share it are a pair."""
+        return self.config["seed"], self.config["data_seed"]
+
+    @property
+    def experiment(self):
+        """What the runs of an arm have in common: all that determines a result, less the seed."""
+        return {name: value for name, value in identity(self.config).items() if name not in ("seed", "data_seed")}
+
+    @property
+    def cost(self):
+        """(parameters, those of attention and MLP, training tokens): what makes one model or training larger."""
+        return *self.facts["parameters"].values(), self.summary["tokens"]
+
+
+@dataclass
+class Cell:
+    """An arm at one point of the grid: finished runs that differ in nothing but the seed."""
+
+    arm: str
+    point: dict  # grid field -> value; empty without a grid
+    control: str  # the arm that it is compared with; a control names itself
+    runs: dict = field(default_factory=dict)  # seed -> Run
+
+    @property
+    def label(self):
+        """The arm's name and, in brackets, the point of the grid."""
+        return f"{self.arm} ({point_text(self.point)})" if self.point else self.arm
+
+    @property
+    def losses(self):
+        """seed -> final validation loss, nats a token."""
+        return {seed: run.summary["val_loss"] for seed, run in self.runs.items()}
+
+    @property
+    def example(self):
+        """One of the runs, for what all of them have in common."""
+        return next(iter(self.runs.values()))
+
+    def curve(self, kind, name, seeds=None):
+        """A metric at the steps that all runs recorded: steps, (n,), and values, (seeds, n) or (seeds, n, layers).
+
+        seeds: those to take, in this order; None: all. A null among layers is NaN; a null record is none.
+        """
+        records = [
+            {r["step"]: r[name] for r in self.runs[seed].metrics if r["kind"] == kind and r.get(name) is not None}
+            for seed in (self.runs if seeds is None else seeds)
+        ]
+        steps = sorted(set.intersection(*map(set, records)))
+        return np.array(steps), np.array([[record[step] for step in steps] for record in records], dtype=float)
+
+
+@dataclass
+class Results:
+    """Everything that a report is about."""
+
+    name: str
+    grid: dict  # field -> values
+    cells: list  # of Cell; those without a finished run are left out
+    unfinished: list  # (folder, why) of each run that does not count
+    command: str | None = None  # that repeats the study
+
+    @property
+    def arms(self):
+        """The names of the arms, in order."""
+        return list(dict.fromkeys(cell.arm for cell in self.cells))
+
+    @property
+    def runs(self):
+        """(cell, run) for every finished run."""
+        return [(cell, run) for cell in self.cells for run in cell.runs.values()]
+
+    @cached_property
+    def size_fields(self):
+        """The grid's fields that change what a model or its training costs (n_embd, max_iters): no matter of tuning."""
+        fields = []
+        for name in self.grid:
+            others = [(c.arm, {k: v for k, v in c.point.items() if k != name}, c.example.cost) for c in self.cells]
+            if any(a[:2] == b[:2] and a[2] != b[2] for a, b in itertools.combinations(others, 2)):
+                fields.append(name)
+        return fields
+
+    @property
+    def tuned_fields(self):
+        """The grid's other fields, over which each arm may choose its best value."""
+        return [name for name, values in self.grid.items() if name not in self.size_fields and len(values) > 1]
+
+    def size(self, cell):
+        """The part of a cell's point that is its size."""
+        return {name: value for name, value in cell.point.items() if name in self.size_fields}
+
+    @cached_property
+    def best(self):
+        """The best cell of each arm at each size, in order."""
+        groups = {}
+        for cell in self.cells:
+            groups.setdefault((cell.arm, *self.size(cell).values()), []).append(cell)
+        return [lowest(cells) for cells in groups.values()]
+
+    @property
+    def best_pairs(self):
+        """(the best cell of an arm, the best cell of its control) at each size, where the two can be compared."""
+        return [
+            (cell, other)
+            for cell in self.best
+            for other in self.best
+            if other.arm == cell.control != cell.arm
+            and self.size(other) == self.size(cell)
+            and are_comparable(cell, other)
+        ]
+
+    @property
+    def point_pairs(self):
+        """(cell, its control's cell at the same point) for each cell that can be compared with its control."""
+        return [
+            (cell, other)
+            for cell in self.cells
+            for other in self.cells
+            if other.arm == cell.control != cell.arm and other.point == cell.point and are_comparable(cell, other)
+        ]
+
+    def left_out_losses(self, cell):
+        """seed -> the loss of this seed at the point that the other seeds choose, for the arm and size of a cell.
+
+        Unlike the losses at the best point, these had no part in its choice. Empty where there is nothing to choose, or
+        where the cells of the arm have not the same seeds.
+        """
+        cells = [other for other in self.cells if other.arm == cell.arm and self.size(other) == self.size(cell)]
+        if len(cells) < 2 or len(cell.runs) < 2 or any(other.runs.keys() != cell.runs.keys() for other in cells):
+            return {}
+        return {seed: lowest(cells, without=seed).losses[seed] for seed in cell.runs}
+
+    def at_the_edge(self, cell):
+        """The tuned fields whose value in this cell is the least or the greatest tried; zero has nothing below it."""
+        numeric = [name for name in self.tuned_fields if all(map(is_number, self.grid[name]))]
+        return [
+            name
+            for name in numeric
+            if cell.point[name] == max(self.grid[name])
+            or (cell.point[name] == min(self.grid[name]) and cell.point[name] != 0)
+        ]
+
+
+def lowest(cells, without=None):
+    """The cell with the lowest mean loss, among those with the most finished seeds; without: a seed that has no say."""
+    most = max(len(cell.runs) for cell in cells)
+
+    def mean(cell):
+        return np.mean([loss for seed, loss in cell.losses.items() if seed != without])
+
+    return min((cell for cell in cells if len(cell.runs) == most), key=mean)
+
+
+def are_comparable(cell, control):
+    """Whether two losses measure the same thing: filling in masked tokens is not foreseeing the next one."""
+    return cell.example.config["objective"] == control.example.config["objective"]
+
+
+def is_number(value):
+    """Whether a value of the grid is a number (a boolean is none)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def value_text(value):
+    """A value of the grid as text."""
+    return f"{value:g}" if is_number(value) else str(value).lower()
+
+
+def point_text(point):
+    """A point of the grid as text: 'weight_decay 0.03125, attn_scale 0.5'."""
+    return ", ".join(f"{name} {value_text(value)}" for name, value in point.items())
+
+
+def load(folders, control=None):
+    """The Results in one study folder or in run folders; control: the arm to compare all others with.
+
+    Without control, a study's own are taken, and the first arm for run folders. Raises ValueError for a folder that is
+    neither, a control that is no arm, two runs of one seed in an arm, runs of an arm that differ in more than the seed,
+    and runs on different data.
+    """
+    studies = [folder for folder in folders if (Path(folder) / "study.json").exists()]
+    if studies and len(folders) > 1:
+        raise ValueError(f"{studies[0]} is a study: report on it alone, or name run folders ({studies[0]}/*/seed*)")
+    results = _load_study(studies[0]) if studies else _load_runs(folders)
+    results.cells = [cell for cell in results.cells if cell.runs]
+    if not results.cells:
+        folder, why = results.unfinished[0]
+        raise ValueError(f"none of the runs is finished, so there is nothing to report; {folder}: {why}")
+    if control is not None:
+        if control not in results.arms:
+            raise ValueError(f"control={control} is no arm with a finished run; the arms are {', '.join(results.arms)}")
+        for cell in results.cells:
+            cell.control = control
+    _check_same_data(results)
+    return results
+
+
+def read_run(folder):
+    """The Run in a folder, or None where train.py has not begun one."""
+    config, facts, summary = (
+        runlog.read_json(Path(folder) / name) for name in ("config.json", "run.json", "summary.json")
+    )
+    if config is None or facts is None:
+        return None
+    # A run that is older than an option did as the option's default does.
+    return Run(Path(folder), dataclasses.asdict(TrainConfig()) | config, facts, summary)
+
+
+def _load_study(folder):
+    content = read_study(folder)
+    results = Results(content["name"], content["grid"], [], [], content.get("command"))
+    for entry in content["arms"]:
+        cell = Cell(entry["arm"], entry["point"], entry["control"])
+        results.cells.append(cell)
+        for seed in content["seeds"]:
+            path = run_folder(folder, entry["name"], seed)
+            run = read_run(path)
+            if run is None or run.summary is None:
+                where = f", step {last_step(path):,}" if run else ""
+                results.unfinished.append((path, state(path) + where))
+            else:
+                _add(cell, run)
+    return results
+
+
+def _load_runs(folders):
+    groups = []  # lists of runs that differ in nothing but the seed
+    for folder in folders:
+        run = read_run(folder)
+        if run is None:
+            raise ValueError(
+                f"{folder} is neither a study nor a run: it has no study.json, and not both config.json and run.json"
+            )
+        group = next((group for group in groups if group[0].experiment == run.experiment), None)
+        if group is None:
+            groups.append(group := [])
+        group.append(run)
+    names = _names(groups)
+    results = Results(f"{names[0]} and {len(names) - 1} more" if len(names) > 2 else " and ".join(names), {}, [], [])
+    for name, group in zip(names, groups, strict=True):
+        cell = Cell(name, {}, names[0])
+        results.cells.append(cell)
+        for run in group:
+            if run.summary is None:
+                why = f"not finished, step {last_step(run.folder):,} of {run.config['max_iters']:,}"
+                results.unfinished.append((run.folder, why))
+            else:
+                _add(cell, run)
+    return results
+
+
+def _add(cell, run):
+    """Put a finished run into its cell."""
+    if run.seed in cell.runs:
+        seed, data_seed = run.seed
+        raise ValueError(
+            f"{cell.runs[run.seed].folder} and {run.folder} are both seed {seed} (data_seed {data_seed}) of "
+            f"{cell.label}: a seed counts once, leave one of them out"
+        )
+    if cell.runs and run.experiment != cell.example.experiment:
+        a, b = cell.example.experiment, run.experiment
+        names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
+        raise ValueError(
+            f"{cell.example.folder} and {run.folder}, runs of {cell.label}, differ in {', '.join(names)} and should "
+            "differ in the seed alone: repeat one of them"
+        )
+    cell.runs[run.seed] = run
+
+
+def _names(groups):
+    """A name for each group of runs: its folder's, less what tells the seeds apart; the whole path where two agree."""
+    names = []
+    for group in groups:
+        folders = [run.folder.resolve() for run in group]
+        name = os.path.commonprefix([folder.name for folder in folders])  # noqa: RUF071 (of names, not of paths)
+        name = name.rstrip("0123456789") if len(group) > 1 else name
+        if name.rstrip("0123456789") in ("", "seed"):  # folders as in a study: ARM/seed1
+            name = folders[0].parent.name
+        names.append(re.sub(r"[-_.,= ]*(seed|(?<=[-_.,= ])s)?[-_.,= ]*$", "", name))
+    return [str(group[0].folder) if names.count(name) > 1 else name for name, group in zip(names, groups, strict=True)]
+
+
+def _check_same_data(results):
+    first = results.cells[0].example
+    for _, run in results.runs:
+        a, b = (r.facts["data"]["fingerprint"] for r in (first, run))
+        if a != b:
+            raise ValueError(
+                f"{first.folder} and {run.folder} were trained on different data (fingerprints {a} and {b}), so their "
+                "losses cannot be compared: report on them separately"
+            )

@@ -1,0 +1,108 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+import comparison
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_the_interval_covers_a_known_difference_in_95_percent_of_trials(n):
+    generator = np.random.default_rng(n)
+    trials, covered = 2000, 0
+    for _ in range(trials):
+        shared = generator.normal(2.0, 0.05, n)  # what the seed does to both arms
+        control = dict(enumerate(shared + generator.normal(0, 0.004, n)))
+        arm = dict(enumerate(shared + 0.01 + generator.normal(0, 0.004, n)))
+        found = comparison.difference(arm, control)
+        covered += found.low <= 0.01 <= found.high
+    assert 0.93 <= covered / trials <= 0.97
+
+
+@given(st.lists(st.tuples(st.floats(1, 5), st.floats(1, 5)), min_size=2, max_size=8))
+@settings(max_examples=50, deadline=None)
+def test_a_difference_is_that_of_the_common_seeds(pairs):
+    a, b = np.array(pairs).T
+    losses = dict(enumerate(a)) | {"only here": 9.0}
+    control = {"only there": 0.1} | dict(enumerate(b))
+    found = comparison.difference(losses, control)
+    d = a - b
+    assert found.n == len(pairs)
+    assert found.mean == pytest.approx(np.mean(d), abs=1e-12)
+    assert found.sd == pytest.approx(np.std(d, ddof=1), abs=1e-12)
+    reach = stats.t.ppf(0.975, len(d) - 1) * np.std(d, ddof=1) / np.sqrt(len(d))
+    assert (found.low, found.high) == pytest.approx((np.mean(d) - reach, np.mean(d) + reach), abs=1e-9)
+    if np.std(d) > 1e-6:
+        assert found.p == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-6, abs=1e-12)
+
+
+def test_a_band_is_the_interval_of_each_column():
+    values = np.random.default_rng(0).normal(size=(4, 6))
+    mean, low, high = comparison.band(values)
+    for i in range(6):
+        one = comparison.summarise(values[:, i])
+        assert (mean[i], low[i], high[i]) == pytest.approx((one.mean, one.low, one.high))
+    assert comparison.band(values[:1])[1:] == (None, None)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_holm_is_the_closed_test_of_bonferroni(p_values):
+    # A hypothesis is rejected when every set of hypotheses that contains it is, by Bonferroni's test.
+    n = range(len(p_values))
+    subsets = [subset for size in n for subset in itertools.combinations(n, size + 1)]
+    for i, adjusted in enumerate(comparison.holm(p_values)):
+        bounds = [len(subset) * min(p_values[j] for j in subset) for subset in subsets if i in subset]
+        assert adjusted == pytest.approx(min(1.0, max(bounds)))
+
+
+def test_a_comparison_without_a_p_value_does_not_count():
+    assert comparison.holm([0.01, None, 0.02]) == [0.02, None, 0.02]
+    one_seed = ({1: 2.0}, {1: 1.0})
+    clear = ({1: 2.0, 2: 2.1, 3: 2.0}, {1: 1.0, 2: 1.1, 3: 1.001})
+    alone, beside = comparison.compare([clear])[0], comparison.compare([one_seed, clear])[1]
+    assert alone == beside
+    assert alone.p_holm == alone.difference.p
+
+
+@pytest.mark.parametrize("sd", [0.004, 0.01, 0.02])
+def test_the_seeds_needed_have_the_power_stated(sd):
+    generator = np.random.default_rng(1)
+
+    def power(n):
+        differences = generator.normal(0.01, sd, (40_000, n))
+        return (stats.ttest_1samp(differences, 0, axis=1).pvalue < 0.05).mean()
+
+    n = comparison.seeds_needed(sd)
+    assert power(n) >= 0.79
+    assert power(n - 1) < 0.81
+
+
+def test_seeds_needed_at_the_extremes():
+    assert comparison.seeds_needed(0.0) == comparison.seeds_needed(1e-12) == 2
+    assert comparison.seeds_needed(1.0) == pytest.approx((1.959964 + 0.841621) ** 2 * 1e4, rel=1e-3)
+    assert comparison.seeds_needed(0.1, difference=0.1) == comparison.seeds_needed(0.01, difference=-0.01)
+
+
+def verdict(*differences, family=1):
+    """The verdict on an arm whose seeds differ so from the control's, among `family` equal comparisons."""
+    control = dict.fromkeys(range(len(differences)), 2.0)
+    arm = {seed: 2.0 + difference for seed, difference in enumerate(differences)}
+    return comparison.compare([(arm, control)] * family)[0].verdict
+
+
+def test_verdicts_in_words():
+    assert verdict(0.1, 0.11, 0.09) == "worse"
+    assert verdict(-0.1, -0.11, -0.09) == "better"
+    assert verdict(0.1) == "one seed cannot tell"
+    assert verdict() == "no finished seed in common with the control"
+    assert verdict(0.0, 0.0) == "the same in each of 2 seeds"
+    unclear = verdict(0.02, -0.01, 0.01)
+    needed = comparison.seeds_needed(np.std([0.02, -0.01, 0.01], ddof=1))
+    assert unclear == f"not distinguishable with 3 seeds; about {needed} would be needed to see a difference of 0.01"
+    assert verdict(0.001, -0.001, 0.001) == "not distinguishable with 3 seeds, which would do for a difference of 0.01"
+    assert verdict(0.02, 0.03, 0.025, family=1) == "worse"
+    assert "among so many comparisons" in verdict(0.02, 0.03, 0.025, family=20)
