@@ -22,6 +22,7 @@ import runlog
 import sample
 import train
 from model import GPT, GPTConfig
+from train_config import TrainConfig
 
 CONFIG = Path(__file__).resolve().parents[1] / "config"
 OVERLAYS = ("rope", "gqa", "mqa", "rmsnorm", "dyt", "nonorm", "parallel", "shared", "moe", "encoder")
@@ -367,3 +368,16 @@ def test_every_overlay_trains_resumes_and_generates(overlay, variant, data_dir, 
     else:
         (text,) = sample.sample(sample.SampleConfig(out_dir="straight", start="def ", num_samples=1, max_new_tokens=40))
         assert text.startswith("def ")
+
+
+@pytest.mark.parametrize(
+    ("size", "millions", "d_k"), [("medium", 355, 64), ("large", 758, 96), ("xl", 1313, 128)], ids=str
+)
+def test_gpt3_s_sizes(size, millions, d_k):
+    files = [f"config/gpt3_{size}.py", "config/baseline_tied.py"]
+    cfg = configurator.parse(TrainConfig, [str(configurator.ROOT / name) for name in files])
+    with torch.device("meta"):
+        built = GPT(cfg.model_config())
+    assert built.num_params().total == cost.cost(cfg).total
+    assert round(built.num_params().total / 1e6) == millions
+    assert cfg.n_embd // cfg.n_head == d_k

@@ -1,0 +1,6 @@
+# GPT-3's third size, 760M parameters (arXiv 2005.14165, Table 2.1).
+n_layer = 24
+n_head = 16
+n_embd = 1536
+learning_rate = 2.5e-4
+recompute = True  # activations of a block are computed again, so that a micro-batch fits beside the optimizer

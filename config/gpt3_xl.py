@@ -1,0 +1,6 @@
+# GPT-3's fourth size, 1.3B parameters (arXiv 2005.14165, Table 2.1, with 16 heads of 128, which make up n_embd).
+n_layer = 24
+n_head = 16
+n_embd = 2048
+learning_rate = 2e-4
+recompute = True  # activations of a block are computed again, so that a micro-batch fits beside the optimizer
