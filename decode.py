@@ -110,15 +110,17 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     """A token for each row of logits (B, vocab_size), (B,) int64; the options of `generate`."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
+    values, tokens = logits / temperature, None
     if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        values, tokens = values.topk(min(top_k, values.size(-1)))  # descending
     if top_p is not None:
-        descending, order = logits.sort(descending=True)
-        p = descending.softmax(dim=-1)
-        beyond = p.cumsum(dim=-1) - p >= top_p  # what is likelier already reaches top_p; the first token always stays
-        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
-    # The least of exponential times with rates p: a draw from p, without torch.multinomial's wait for the device.
-    times = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits.softmax(dim=-1) / times).argmax(dim=-1)
+        if tokens is None:
+            values, tokens = values.sort(descending=True)
+        p = values.softmax(dim=-1)
+        # What is likelier already reaches top_p; the first token always stays.
+        values = values.masked_fill(p.cumsum(dim=-1) - p >= top_p, -torch.inf)
+    # torch.multinomial would wait for the device, and takes longer over a large vocabulary.
+    cumulative = values.double().softmax(dim=-1).cumsum(dim=-1)
+    drawn = torch.rand(len(values), 1, dtype=torch.double, device=values.device, generator=generator)
+    place = torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True).clamp(max=values.size(-1) - 1)
+    return (place if tokens is None else tokens.gather(1, place))[:, 0]

@@ -324,6 +324,7 @@ def train(cfg):
     start_log = runlog.Silence if run.world.rank else runlog.RunLog
     with (
         start_log(cfg.out_dir, dataclasses.asdict(cfg), runlog.facts(run), run.step) as log,
+        parallel.prefer_attention(run.device),
         parallel.StopSignal() as stop,
     ):
         log.say(runlog.header(run))

@@ -1,4 +1,5 @@
 import contextlib
+import csv
 import dataclasses
 import json
 import multiprocessing
@@ -11,11 +12,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
 from conftest import TINY
 
 import configurator
 import cost
+import report
 import study
 import sweep
 import train
@@ -103,7 +107,8 @@ def records(folder, kind):
 
 @pytest.mark.slow
 def test_a_study_that_is_killed_and_started_again_has_every_run_once(files, tmp_path):
-    argv = [*files(max_iters=100, eval_interval=20, log_interval=10), "--jobs=2", "--out_dir=out"]
+    whole = dict(max_iters=100, eval_interval=20, eval_windows=1000)  # every evaluation takes all of val.bin
+    argv = [*files(**whole, log_interval=10), "--jobs=2", "--out_dir=out"]
     first = in_background(*argv)
     wait_until(lambda: any(Path(folder, "summary.json").exists() for folder in folders("out")))
     wait_until(lambda: sum(study.last_step(folder) > 20 for folder in folders("out")) >= 3)
@@ -127,9 +132,28 @@ def test_a_study_that_is_killed_and_started_again_has_every_run_once(files, tmp_
     assert finished
     seed = int(working[0][-1])
     options = dict(wq_identity=True, attn_scale=0.5) if "reduced" in working[0] else {}
-    alone = TrainConfig(**{**TINY, "max_iters": 100, "eval_interval": 20, "out_dir": "alone", "seed": seed, **options})
+    alone = TrainConfig(**{**TINY, **whole, "out_dir": "alone", "seed": seed, **options})
     expected = train.train(alone)
     assert json.loads(Path(working[0], "summary.json").read_text())["val_loss"] == expected["val_loss"]
+
+    losses = {
+        arm: [records(f"out/{arm}/seed{seed}", "eval")[-1]["val_loss"] for seed in (1, 2, 3)]
+        for arm in ("baseline", "reduced")
+    }
+    folder, _, verdicts = report.report(report.ReportConfig(runs=("out",)))
+    with open(folder / "comparison.csv", newline="", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    differences = np.subtract(losses["reduced"], losses["baseline"])
+    paired = scipy.stats.ttest_rel(losses["reduced"], losses["baseline"])
+    assert float(row["mean"]) == pytest.approx(differences.mean(), abs=1e-12)
+    assert float(row["sd"]) == pytest.approx(differences.std(ddof=1))
+    assert float(row["p"]) == pytest.approx(paired.pvalue)
+    assert [float(row["low"]), float(row["high"])] == pytest.approx(list(paired.confidence_interval(0.95)))
+    assert row["seeds"] == "3"
+    assert row["verdict"] in verdicts[0]
+    with open(folder / "runs.csv", newline="", encoding="utf-8") as file:
+        reported = {(run["arm"], int(run["seed"])): float(run["val_loss"]) for run in csv.DictReader(file)}
+    assert reported == {(arm, seed): losses[arm][seed - 1] for arm in losses for seed in (1, 2, 3)}
 
 
 @pytest.mark.parametrize("shares", [[], ["--index=0", "--index=1", "--index=2"]])

@@ -16,6 +16,7 @@ from conftest import TINY, write_dataset
 
 import checkpoint
 import data
+import runlog
 import train
 from model import GPT
 
@@ -537,3 +538,40 @@ def test_the_state_of_a_run_is_plain(tiny, tmp_path):
     assert set(state) == set(expected.split())
     assert state["config"] == {**dataclasses.asdict(cfg), "data_seed": cfg.seed}
     assert all(name.startswith(("transformer.", "lm_head.")) for name in state["model"])
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"))],
+)
+def test_the_fast_path_s_curve_is_that_of_a_plain_float32_loop(tiny, device):
+    cfg = tiny(max_iters=200, eval_interval=1000, batch_size=4, wq_identity=True, attn_scale=0.5, device=device)
+    train.train(dataclasses.replace(cfg, dtype="bfloat16", compile=device == "cuda"))
+    fast = np.array([r["loss"] for r in runlog.read_metrics(cfg.out_dir) if r["kind"] == "train"])
+
+    def plain(seed):
+        torch.manual_seed(seed)
+        model = GPT(cfg.model_config())
+        decayed = [p for p in model.parameters() if p.dim() >= 2]
+        others = [p for p in model.parameters() if p.dim() < 2]
+        groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), foreach=False, fused=False)
+        bins, losses = data.load_bins(cfg.data_dir, cfg.dataset), []
+        for step in range(cfg.max_iters):
+            offsets = data.batch_offsets(len(bins.train), cfg.block_size, 8, cfg.data_seed, step)
+            _, loss = model(*data.windows(bins.train, offsets, cfg.block_size))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+            for group in optimizer.param_groups:
+                group["lr"] = cfg.learning_rate_at(step)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return np.array(losses)
+
+    same, other = plain(cfg.seed), plain(cfg.seed + 1)
+    distance, chance = np.abs(fast - same), np.abs(other - same)
+    assert fast[0] == pytest.approx(same[0], rel=2**-8)
+    assert distance.mean() < 0.005
+    assert distance.mean() < chance.mean() / 10  # than a run from other weights is
+    assert abs(fast[-50:].mean() - same[-50:].mean()) < 0.005
