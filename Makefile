@@ -6,15 +6,11 @@
 PYTHON ?= python3
 # Options of the demo's two runs, such as DEMO="--max_iters=100".
 DEMO ?=
-# Options of the runs of make architectures.
-ARCHITECTURE ?=
+# Options of make architectures, such as ARCHITECTURES="--jobs=2".
+ARCHITECTURES ?=
 
 BIN := .venv/bin
 RUNS := out/demo/baseline_tied out/demo/reduced_tied
-
-OVERLAYS := rope gqa mqa rmsnorm dyt nonorm parallel shared moe encoder
-VARIANTS := baseline_tied reduced_tied
-ARCHITECTURES := $(VARIANTS) $(foreach overlay,$(OVERLAYS),$(VARIANTS:%=$(overlay)-%))
 
 .PHONY: demo architectures test clean
 
@@ -24,13 +20,9 @@ demo: $(RUNS:%=%/summary.json)
 out/demo/%/summary.json: | data/stdlib/meta.json
 	$(BIN)/python train.py config/quick.py config/$*.py --out_dir=out/demo/$* --resume $(DEMO)
 
-architectures: $(ARCHITECTURES:%=out/architectures/%/summary.json)
-	$(BIN)/python report.py $(ARCHITECTURES:%=out/architectures/%) --out_dir=out/architectures
-
-# The folder rope-reduced_tied is made of config/rope.py and config/reduced_tied.py.
-out/architectures/%/summary.json: | data/stdlib/meta.json
-	$(BIN)/python train.py config/quick.py $(patsubst %,config/%.py,$(subst -, ,$*)) \
-	    --out_dir=out/architectures/$* --resume $(ARCHITECTURE)
+architectures: | data/stdlib/meta.json
+	$(BIN)/python sweep.py config/study_arch.py config/quick.py --seeds=1337 --out_dir=out/architectures $(ARCHITECTURES)
+	$(BIN)/python report.py out/architectures
 
 data/stdlib/meta.json: | .venv/installed
 	$(BIN)/python prepare_owt.py --source=stdlib

@@ -284,7 +284,7 @@ def diagnostics(cell, control, path):
         panel.set_title(c.label, fontsize=10.5)
     for panel in panels[-1]:
         panel.set_xlabel("training tokens (millions)")
-    handles = [panels[0, 0].plot([], [], color=colour, label=f"{i + 1}")[0] for i, colour in enumerate(colours)]
+    handles = [panels[0, 0].plot([], [], color=colour, label=f"{i}")[0] for i, colour in enumerate(colours)]
     figure.legend(handles=handles, title="layer", loc="outside right upper", frameon=False)
     return _save(figure, path)
 
