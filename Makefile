@@ -30,7 +30,7 @@ data/stdlib/meta.json: | .venv/installed
 test: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

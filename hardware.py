@@ -1,0 +1,174 @@
+"""What a device can do: by its datasheet where it is known, and by a large matrix product on the device itself."""
+
+import platform
+import statistics
+import subprocess
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+import runlog
+
+KERNELS = {"cudnn": "cuDNN", "flash": "FlashAttention", "efficient": "memory-efficient", "math": "plain"}
+
+
+@dataclass(frozen=True)
+class Datasheet:
+    """The makers' figures of one GPU. Operations are dense (no sparsity), with sums in float32."""
+
+    peak: dict  # number format -> operations a second; tf32 is what matrix products of float32 tensors may use
+    memory: float  # bytes
+    source: str
+
+
+def _tensor_cores(half, tf32, memory, source):
+    """A Datasheet from TFLOP/s and GB."""
+    peak = {"bfloat16": half * 1e12, "float16": half * 1e12, "tf32": tf32 * 1e12}
+    return Datasheet(peak, memory * 1e9, source)
+
+
+_H100 = "NVIDIA H100 Tensor Core GPU datasheet (half of the figures with sparsity)"
+_H200 = "NVIDIA H200 Tensor Core GPU datasheet (half of the figures with sparsity)"
+_A100 = "NVIDIA A100 Tensor Core GPU datasheet"
+# By the name that torch.cuda.get_device_name gives. Only the very name counts: a part of a GPU (MIG), or one that is
+# sold in several forms under like names, would otherwise get another's figures.
+DATASHEETS = {
+    "NVIDIA H200": _tensor_cores(989.4, 494.7, 141, _H200),
+    "NVIDIA H100 80GB HBM3": _tensor_cores(989.4, 494.7, 80, _H100),
+    "NVIDIA H100 PCIe": _tensor_cores(756.5, 378, 80, _H100),
+    "NVIDIA A100-SXM4-80GB": _tensor_cores(312, 156, 80, _A100),
+    "NVIDIA A100-SXM4-40GB": _tensor_cores(312, 156, 40, _A100),
+    "NVIDIA A100 80GB PCIe": _tensor_cores(312, 156, 80, _A100),
+    "NVIDIA L40S": _tensor_cores(362, 183, 48, "NVIDIA L40S datasheet"),
+    "NVIDIA GeForce RTX 5090": _tensor_cores(209.5, 104.8, 32, "NVIDIA RTX Blackwell GPU architecture"),
+    "NVIDIA GeForce RTX 4090": _tensor_cores(165.2, 82.6, 24, "NVIDIA Ada GPU architecture"),
+}
+
+
+def device_name(device):
+    """The name of a torch.device's GPU or processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def peak_flops(name, dtype):
+    """The datasheet's operations a second of the device called name in a torch.dtype; None where it is not known."""
+    number_format = str(dtype).removeprefix("torch.")
+    if number_format == "float32" and torch.get_float32_matmul_precision() != "highest":
+        number_format = "tf32"
+    return DATASHEETS[name].peak.get(number_format) if name in DATASHEETS else None
+
+
+def power_cap(device):
+    """The GPU's power limit as nvidia-smi tells it ('700.00 W'); None where there is none to be had."""
+    if device.type != "cuda":
+        return None
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    command = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader", "-i", f"GPU-{uuid}"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def synchronise(device):
+    """Wait until the device has done all that it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def allocated_bytes(device):
+    """The GPU memory that tensors hold now; 0 on a CPU, where nobody counts."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def forget_peak(device):
+    """Have `peak_bytes` begin anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device):
+    """The most GPU memory that tensors held since `forget_peak`; None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def matrix_product_flops(device, dtype, size=None, repeats=5):
+    """The operations a second of a product of two size × size matrices of a torch.dtype: the median of repeats.
+
+    size: None is one that keeps the device busy, 8,192 on a GPU and 2,048 on a CPU.
+    """
+    size = size or (8192 if device.type == "cuda" else 2048)
+    products = 20 if device.type == "cuda" else 1  # together, so that what is launched is not what is timed
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(repeats + 2):
+        synchronise(device)
+        began = time.perf_counter()
+        for _ in range(products):
+            a @ b
+        synchronise(device)
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 * products / statistics.median(seconds[2:])  # the first two warm up
+
+
+def attention_backend(device, dtype, config):
+    """Which implementation scaled_dot_product_attention takes for a GPTConfig: its name, and the GPU kernel's.
+
+    One call, forward alone, with the model's shapes, is run in the profiler and says what it called.
+    """
+    d_k, n_kv_head = config.n_embd // config.n_head, config.n_kv_head or config.n_head
+    q, k, v = (
+        torch.randn(2, heads, config.block_size, d_k, device=device, dtype=dtype, requires_grad=True)
+        for heads in (config.n_head, n_kv_head, n_kv_head)
+    )
+    options = dict(dropout_p=config.dropout, is_causal=config.causal, enable_gqa=n_kv_head < config.n_head)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    F.scaled_dot_product_attention(q, k, v, **options)
+    synchronise(device)
+    with torch.profiler.profile(activities=activities) as profile:
+        F.scaled_dot_product_attention(q, k, v, **options)
+        synchronise(device)
+    events = profile.key_averages()
+    calls = [event.key for event in events if event.key.startswith("aten::_scaled_dot_product")]
+    found = [name for part, name in KERNELS.items() if any(part in call for call in calls)]
+    on_gpu = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernel = max(on_gpu, key=lambda event: event.self_device_time_total).key if on_gpu else None
+    return (found[0] if found else "unknown") + (f", kernel {kernel}" if kernel else "")
+
+
+def facts(device, dtype, config, compiled):
+    """What a table of speed must say of the machine: name -> text, 'n/a' for what is not known here."""
+    versions = runlog.versions()
+    try:
+        versions["transformers"] = metadata.version("transformers")
+    except metadata.PackageNotFoundError:
+        versions["transformers"] = "n/a"
+    name = device_name(device)
+    peak = peak_flops(name, dtype)
+    source = f" ({DATASHEETS[name].source})" if name in DATASHEETS else ""
+    return {
+        "date": runlog.now(),
+        "commit": runlog.git_commit() or "n/a",
+        "device": name,
+        "datasheet peak": f"{peak / 1e12:,.1f} TFLOP/s{source}" if peak else "n/a",
+        "power cap": power_cap(device) or "n/a",
+        "threads": str(torch.get_num_threads()),
+        "versions": ", ".join(f"{library} {version}" for library, version in versions.items()),
+        "CUDA": torch.version.cuda or "n/a",
+        "dtype": str(dtype).removeprefix("torch."),
+        "compiled": "yes" if compiled else "no",
+        "attention": attention_backend(device, dtype, config),
+    }
