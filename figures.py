@@ -227,13 +227,12 @@ def cost(results, training_flops, path):
     for panel, (label, of) in zip(panels, costs.items(), strict=True):
         places = sorted(set(map(of, best)))
         is_log = places[-1] > 4 * places[0]
-        beside = [dict(zip(places, _beside(places, is_log, i, len(arms)), strict=True)) for i in range(len(arms))]
-        spots = [(beside[arms.index(cell.arm)][of(cell)], comparison.summarise(cell.losses.values())) for cell in best]
+        spots = [(of(cell), comparison.summarise(cell.losses.values())) for cell in best]
         for arm in arms:
             own = sorted((x, i) for i, (x, _) in enumerate(spots) if best[i].arm == arm)
             own = [(x, spots[i][1]) for x, i in own]
             bars = [mean.half_width or 0 for _, mean in own]
-            look = dict(style[arm], capsize=3, markersize=6, label=arm)
+            look = dict(style[arm], capsize=3, markersize=6, alpha=0.8, label=arm)
             if not results.size_fields:
                 look["linestyle"] = "none"
             panel.errorbar([x for x, _ in own], [mean.mean for _, mean in own], bars, **look)

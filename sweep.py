@@ -162,9 +162,10 @@ def plan(cfg, options):
                 f"{path}: {other.label} and {run.label} are the same run with these options: leave one of them out"
             )
     controls = set(this.control.values())
+    of_seeds = [f"--seeds={','.join(map(str, cfg.seeds))}"] if cfg.seeds else []
     content = {
         "name": folder.name,
-        "command": shlex.join(["python", "sweep.py", *cfg.files, *options]),
+        "command": shlex.join(["python", "sweep.py", *cfg.files, *options, *of_seeds]),
         "control": controls.pop() if len(controls) == 1 else None,
         "seeds": list(seeds),
         "grid": grid,
