@@ -1,6 +1,6 @@
 # make demo: train the baseline and W_Q = I on the embedded corpus, and compare them (minutes on a CPU)
 # make test: lint and test
-# make architectures: each architecture that the paper names, with and without W_Q, at the quick size (an hour)
+# make architectures: each architecture that the paper names, with and without W_Q, at the quick size (hours on two cores)
 # They make their own environment in .venv and do nothing twice.
 
 PYTHON ?= python3

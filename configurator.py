@@ -149,7 +149,7 @@ def type_name(kind):
 def describe(schema, usage=None):
     """Every field with its default and the comment that stands after it in the source of its dataclass."""
     comments = {}
-    for cls in reversed(schema.__mro__[:-1]):
+    for cls in schema.__mro__[:-1]:  # a field that is declared again has the comment of the last
         for line in inspect.getsource(cls).splitlines():
             declaration, _, comment = line.partition("  # ")
             comments.setdefault(declaration.partition(":")[0].strip(), comment)

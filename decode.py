@@ -84,7 +84,7 @@ def generate(
     tokens = idx.new_empty(idx.size(0) * num_samples, n_prompt + max_new_tokens)
     tokens[:, :n_prompt] = idx.repeat_interleave(num_samples, dim=0)
     prompt = idx[:, -block_size:]
-    cache = KVCache(model, len(prompt), min(block_size, prompt.size(1) + max_new_tokens - 1))
+    cache = KVCache(model, len(prompt), min(block_size, prompt.size(1) + max(0, max_new_tokens - 1)))
     cache.advance(prompt.size(1))
     logits, _ = model(prompt, cache=cache)
     logits = logits.repeat_interleave(num_samples, dim=0)

@@ -17,7 +17,10 @@ def of_attention(attn, x):
     """
     q, k, _ = (t.float() for t in attn.project(x))  # (B, heads, T, d_k)
     group = q.size(1) // k.size(1)
-    logits = q @ k.repeat_interleave(group, dim=1).mT * attn.options["scale"]  # (B, n_head, T, T)
+    with torch.autocast(
+        x.device.type, enabled=False
+    ):  # the model may run in bfloat16, whose rounding is no matter here
+        logits = q @ k.repeat_interleave(group, dim=1).mT * attn.options["scale"]  # (B, n_head, T, T)
     seen = torch.ones_like(logits[0, 0], dtype=torch.bool)
     if attn.is_causal:
         seen = seen.tril()
@@ -67,6 +70,8 @@ def measure(model, x, y, autocast):
     try:
         with autocast:
             _, loss = model(x, y)
+        for handle in handles:  # before recomputed blocks would call them again
+            handle.remove()
         # Not backward(), which would also fill the parameters' gradients and wake DistributedDataParallel.
         parameters = [list(attn.parameters()) for attn in attentions]
         gradients = iter(torch.autograd.grad(loss, [p for own in parameters for p in own]))

@@ -39,7 +39,7 @@ class EliminateConfig:
     gauge: Literal["kept", "balanced", "orthonormal"] = "kept"  # the form of W_Q, W_K (Proposition 4.2) to begin with
     max_cond: float = reparametrize.MAX_COND  # the largest condition number of a matrix that is inverted
     approximate: bool = False  # not exact: W_Q = I and the W_K that fits training text best, to fine-tune from
-    windows: int | None = 32  # validation windows on which logits and loss are compared; none: all
+    windows: int | None = 32  # validation windows on which models are compared, training windows of a fit; none: all
     data_dir: str | None = None  # where the text is; none: where the checkpoint says
     dataset: str | None = None  # the folder in data_dir, for a checkpoint that does not name its data
 
@@ -52,6 +52,10 @@ class EliminateConfig:
         if self.approximate and (self.which, self.layer, self.gauge) != ("q", None, "kept"):
             raise ValueError(
                 "approximate=True fits W_K to W_Q = I in all layers: leave which, layer and gauge as they are"
+            )
+        if self.approximate and self.windows is None:
+            raise ValueError(
+                "windows=none takes all of the training text for approximate=True: set a number, such as 256"
             )
         if self.windows is not None and self.windows < 1:
             raise ValueError(f"windows must be at least 1, not {self.windows}")

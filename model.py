@@ -149,7 +149,7 @@ class Rotary(nn.Module):
         return turned.type_as(x)
 
 
-def leave(x, positions=None):
+def unrotated(x, positions=None):
     """No rotary positions: x as it is."""
     return x
 
@@ -173,7 +173,7 @@ class SelfAttention(nn.Module):
         self.widths = [width for width, identity in zip(widths, self.is_identity, strict=True) if not identity]
         self.c_attn = nn.Linear(d, sum(self.widths), bias=config.bias)
         self.c_proj = nn.Linear(d, d, bias=config.bias)
-        self.rotate = Rotary(d_k, config.block_size) if config.pos == "rope" else leave
+        self.rotate = Rotary(d_k, config.block_size) if config.pos == "rope" else unrotated
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def project(self, x, positions=None):
@@ -334,7 +334,7 @@ class GPT(nn.Module):
         x = self.transformer.drop(x)
         balance_loss = 0.0
         for layer, block in enumerate(self.order):
-            x = self.transformer.h[block](x, cache and cache.layer(layer))
+            x = self.transformer.h[block](x, None if cache is None else cache.layer(layer))
             balance_loss = balance_loss + self.transformer.h[block].mlp.balance_loss
         x = self.transformer.ln_f(x)
         if targets is None:

@@ -182,6 +182,7 @@ def facts(run):
         "parameters": run.model.num_params()._asdict(),
         "data": {"fingerprint": run.bins.fingerprint, "tokenizer": run.bins.manifest["tokenizer"]},
         "device": parallel.describe_device(run.device),
+        "processes": run.world.size,
         "dtype": str(run.dtype).removeprefix("torch."),
     }
 

@@ -92,6 +92,7 @@ def sample(cfg):
     with (
         tqdm(total=cfg.num_samples * cfg.max_new_tokens, unit="token", disable=not sys.stderr.isatty()) as bar,
         autocast,
+        parallel.prefer_attention(device),
     ):
         tokens = decode.generate(
             model,

@@ -222,27 +222,30 @@ class Trainer:
         """One optimizer step, without waiting for the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.cfg.learning_rate_at(self.step)
-        loss = self.accumulate(x, y)
+        context = (self.autocast, self.scaler, self.synchronise)
+        loss = self.within_memory(lambda size: accumulate_gradients(self.fast_model, x, y, size, *context))
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip or math.inf)
-        norm = parallel.whole(norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.unchecked.append((loss, norm))
         self.step += 1
 
-    def accumulate(self, x, y):
-        """`accumulate_gradients`; with batch_size=0 in smaller micro-batches, from here on, if memory is too small."""
+    def within_memory(self, compute):
+        """compute(batch_size); with batch_size=0 in smaller micro-batches, from here on, if the memory is too small."""
         while True:
             try:
-                args = (self.fast_model, x, y, self.batch_size, self.autocast, self.scaler, self.synchronise)
-                return accumulate_gradients(*args)
+                return compute(self.batch_size)
             except torch.OutOfMemoryError as error:
-                if self.cfg.batch_size or self.batch_size == 1 or self.cfg.shard == "full":
+                # Several processes would have to shrink together, in the middle of an exchange of gradients.
+                if self.cfg.batch_size or self.batch_size == 1 or self.world.size > 1:
+                    hint = "" if self.batch_size == 1 else "a smaller batch_size"
+                    hint += ", or 0 to find one" * (self.cfg.batch_size > 1 and self.world.size == 1)
                     raise ValueError(
                         f"a micro-batch of {self.batch_size} × {self.cfg.block_size} tokens does not fit into the "
-                        "device's memory: set a smaller batch_size, or 0 to find one, or recompute=True"
+                        f"device's memory: set {hint + ', or ' * bool(hint)}recompute=True"
                     ) from error
             self.optimizer.zero_grad(set_to_none=True)
             self.batch_size = parallel.smaller_batch_size(self.n_own, self.batch_size // 2)
@@ -294,7 +297,9 @@ class Trainer:
 
         padded = np.append(offsets, np.repeat(offsets[-1:], -len(offsets) % self.world.size))
         own = self.world.share(padded)
-        losses = evaluate(self.fast_model, examples, own, self.batch_size, self.autocast, self.device)
+        losses = self.within_memory(
+            lambda size: evaluate(self.fast_model, examples, own, size, self.autocast, self.device)
+        )
         return self.world.gather(losses)[: len(offsets)]
 
     def diagnose(self):
@@ -312,7 +317,8 @@ def train(cfg):
     """
     run = Trainer(cfg)
     if cfg.eval_only:
-        result = mean_and_error(run.evaluate(run.all_windows))
+        with parallel.prefer_attention(run.device):
+            result = mean_and_error(run.evaluate(run.all_windows))
         runlog.print_summary(result)
         return result
     finished = runlog.read_json(run.folder / "summary.json")
@@ -347,9 +353,7 @@ def train(cfg):
             run.update(x, y)
             log_due, eval_due = run.step % cfg.log_interval == 0, run.step % cfg.eval_interval == 0
             keep, last = run.step in cfg.save_steps, run.step == cfg.max_iters
-            stopping = stop.requested
-            if run.world.size > 1:  # a signal reaches them at different steps: they agree when they wait anyway
-                stopping = log_due and run.world.any(stopping)
+            stopping = run.world.any(stop.requested)  # a signal may reach the processes at different steps
             if not (log_due or eval_due or keep or stopping or last):
                 continue
             record = run.check()
@@ -360,7 +364,8 @@ def train(cfg):
             if keep or stopping or last:
                 run.save(link=f"step_{run.step:06d}.pt" if keep else None)
             if stopping:
-                log.say(f"stopped; go on with: python train.py --out_dir={cfg.out_dir} --resume")
+                python = f"torchrun --nproc_per_node={run.world.size}" if run.world.size > 1 else "python"
+                log.say(f"stopped; go on with: {python} train.py --out_dir={cfg.out_dir} --resume")
                 return None
             run.start_clock()
         losses = evaluate_and_save(run.all_windows)

@@ -28,7 +28,7 @@ class TrainConfig(GPTConfig):
     diagnostics: bool = False  # record each layer's attention logits, entropy, norms and gradients at evaluations
     log_interval: int = 10  # steps between metrics and progress lines
     tokens_per_step: int = 480 * 1024  # tokens in one optimizer step, over all micro-batches
-    batch_size: int = 12  # sequences in a micro-batch, the rest is accumulated; 0: as many as fit into memory
+    batch_size: int = 12  # sequences in a micro-batch, the rest is accumulated; 0: many, fewer where memory ends
     max_iters: int = 105_000  # optimizer steps
     learning_rate: float = 6e-4  # the peak
     min_lr: float | None = None  # where the cosine ends; none: learning_rate / 10

@@ -87,6 +87,21 @@ def test_a_run_with_diagnostics_is_the_same_run(tiny):
     assert not any(record["kind"] == "diagnostics" for record in runlog.read_metrics("without"))
 
 
+def test_diagnostics_of_a_bfloat16_run_that_recomputes_are_those_of_float32(tiny):
+    train.train(tiny(out_dir="plain", diagnostics=True, max_iters=10))
+    train.train(tiny(out_dir="recomputed", diagnostics=True, max_iters=10, recompute=True))
+    train.train(tiny(out_dir="bfloat16", diagnostics=True, max_iters=10, recompute=True, dtype="bfloat16"))
+    plain, recomputed, rounded = (
+        [record for record in runlog.read_metrics(folder) if record["kind"] == "diagnostics"]
+        for folder in ("plain", "recomputed", "bfloat16")
+    )
+    for name, values in plain[-1].items():
+        if name not in ("step", "kind"):
+            assert recomputed[-1][name] == pytest.approx(values, rel=1e-4)
+            assert rounded[-1][name] == pytest.approx(values, rel=0.1)
+            assert rounded[0][name] == pytest.approx(plain[0][name], rel=0.02)
+
+
 def test_a_list_reaches_wandb_as_numbers():
     assert runlog._flat("diagnostics", {"W_Q_norm": [1.0, None], "loss": 2.0}) == {
         "diagnostics/W_Q_norm/0": 1.0,

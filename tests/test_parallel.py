@@ -92,8 +92,29 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(tiny, mon
     assert sizes[:7] == [8, 8, 8, 8, 4, 2, 2]
     assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
     assert "out of memory: from here on micro-batches of 2 sequences" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"micro-batch of 8 × 16 tokens does not fit .* batch_size, or 0"):
+    with pytest.raises(
+        ValueError, match=r"micro-batch of 8 × 16 tokens does not fit .* batch_size, or 0 to find one, or"
+    ):
         train.train(tiny(out_dir="fixed"))
+
+
+def test_an_evaluation_that_does_not_fit_halves_the_micro_batch_too(tiny, monkeypatch):
+    expected = train.train(tiny(out_dir="plain", max_iters=2))
+    original, sizes = train.evaluate, []
+
+    def too_large(model, examples, offsets, batch_size, *rest):
+        sizes.append(batch_size)
+        if batch_size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(model, examples, offsets, batch_size, *rest)
+
+    monkeypatch.setattr(train, "evaluate", too_large)
+    found = train.train(tiny(out_dir="small", max_iters=2, batch_size=0))
+    assert sizes[:4] == [8, 4, 2, 2]
+    assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
+    monkeypatch.setattr(train, "accumulate_gradients", lambda *_: too_large(None, None, None, 8))
+    with pytest.raises(ValueError, match="set recompute=True"):
+        train.train(tiny(out_dir="never", max_iters=2, batch_size=0))
 
 
 @pytest.mark.parametrize(("n", "limit", "size"), [(480, 64, 60), (32, 64, 32), (7, 6, 1), (480, 0, 1), (30, 7, 6)])

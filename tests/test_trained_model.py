@@ -162,6 +162,7 @@ def test_a_checkpoint_that_does_not_name_its_data(tiny, command, refuses):
         (trained_model.main, {}, ["--windows=0"], ["windows"]),
         (trained_model.main, {}, ["--ckpt=none.pt"], ["there is no checkpoint none.pt"]),
         (eliminate.main, {}, ["--approximate", "--which=k", "--out=out/new/ckpt.pt"], ["approximate", "which"]),
+        (eliminate.main, {}, ["--approximate", "--windows=none", "--out=out/new/ckpt.pt"], ["windows=none", "256"]),
         (eliminate.main, dict(pos="rope"), ["--approximate", "--out=out/new/ckpt.pt"], ["pos=rope"]),
     ],
 )
