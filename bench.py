@@ -173,7 +173,7 @@ def timed_config(cfg, folder):
     changes = dict(out_dir=str(folder / "run"), max_iters=10**9, save_steps=())
     micro_batches = cfg.micro_batches or (None if device.type == "cuda" else 1)
     if micro_batches:
-        sequences = cfg.batch_size or max(1, train.FIRST_TOKENS[device.type] // cfg.block_size)
+        sequences = cfg.batch_size or max(1, train.first_tokens(device) // cfg.block_size)
         changes["tokens_per_step"] = micro_batches * sequences * cfg.block_size
     timed = cfg.train_config(**changes)
     if any((Path(cfg.data_dir) / cfg.dataset / f"{split}.bin").is_file() for split in data.SPLITS):

@@ -25,7 +25,11 @@ from model import GPT
 from train_config import TrainConfig
 
 DIAGNOSTIC_WINDOWS = 4
-FIRST_TOKENS = {"cuda": 2**16, "cpu": 2**13}  # of a micro-batch with batch_size=0; more is not faster
+
+
+def first_tokens(device):
+    """Tokens of the first micro-batch tried with batch_size=0; few on a CPU, which cannot say that memory is short."""
+    return 2**16 if device.type == "cuda" else 2**13
 
 
 def make_optimizer(model, cfg, device_type):
@@ -104,7 +108,7 @@ class Trainer:
             )
         self.n_sequences = cfg.tokens_per_step // cfg.block_size
         self.n_own = cfg.sequences_per_process(self.world.size)  # of a step, in this process
-        limit = FIRST_TOKENS[self.device.type] // cfg.block_size
+        limit = first_tokens(self.device) // cfg.block_size
         self.batch_size = cfg.batch_size or parallel.smaller_batch_size(self.n_own, limit)
         self.offsets(step=0)  # raises while nothing is written if there are too few tokens
         self.all_windows = data.evaluation_offsets(len(self.bins.val), cfg.block_size)
