@@ -16,6 +16,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from linear_cross_entropy import linear_cross_entropy
+
 ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU(approximate="tanh"), "relu": nn.ReLU}
 NORMS = {
     "layernorm": lambda config: nn.LayerNorm(config.n_embd, bias=config.bias),
@@ -154,6 +156,16 @@ def unrotated(x, positions=None):
     return x
 
 
+def attend(q, k, v, **options):
+    """F.scaled_dot_product_attention of (B, heads, T, d_k) each; in training on a CPU in float32 if T is small."""
+    # There its backward pass takes up to five times as long in bfloat16, more than the forward pass saves.
+    if q.device.type == "cpu" and torch.is_grad_enabled() and q.size(2) * q.size(3) <= 2**14:
+        with torch.autocast("cpu", enabled=False):
+            y = F.scaled_dot_product_attention(*map(at_least_float32, (q, k, v)), **options)
+        return y.type_as(v)
+    return F.scaled_dot_product_attention(q, k, v, **options)
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention; (B, T, n_embd) to (B, T, n_embd).
 
@@ -192,7 +204,7 @@ class SelfAttention(nn.Module):
             k, v = cache.extend(k, v)
             visible = dict(attn_mask=cache.mask)
         dropout_p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, **visible, **self.options)
+        y = attend(q, k, v, dropout_p=dropout_p, **visible, **self.options)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # from (B, n_head, T, d_k)
 
 
@@ -288,6 +300,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.chunked_loss = False  # True: the logits that a loss needs are never whole
         block = ParallelBlock if config.parallel else Block
         n_block = 1 if config.share_layers else config.n_layer
         self.order = [layer % n_block for layer in range(config.n_layer)]  # the block of each layer
@@ -322,8 +335,8 @@ class GPT(nn.Module):
         idx: (B, T) int64, T at most block_size. targets: (B, T) int64; −1 is ignored. cache: the decode.KVCache of
         the tokens before idx, advanced by T; None: there are none before.
         Returns (logits, loss): with targets, logits (B, T, vocab_size) and the mean loss over the targets that count,
-        or each token's loss, (B·T,), with reduction='none'; without, logits of the last position alone,
-        (B, 1, vocab_size), and None. Raises ValueError when T exceeds block_size.
+        or each token's loss, (B·T,), with reduction='none' (no logits with chunked_loss); without, logits of the last
+        position alone, (B, 1, vocab_size), and None. Raises ValueError when T exceeds block_size.
         """
         B, T = idx.shape
         if T > self.config.block_size:
@@ -339,8 +352,12 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, [-1]]), None
-        logits = self.lm_head(x)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
+        if self.chunked_loss:
+            logits, weight = None, self.lm_head.weight
+            loss = linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), reduction)
+        else:
+            logits = self.lm_head(x)
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
         if self.training:
             loss = loss + self.config.load_balance * balance_loss / self.config.n_layer
         return logits, loss

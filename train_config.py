@@ -10,7 +10,7 @@ from model import GPTConfig
 # The fields that say where and how a run is computed and what it tells, not what its result is. (The
 # micro-batch changes the rounding; what data_dir holds is known by its fingerprint.)
 NO_PART_OF_RESULT = {"out_dir", "data_dir", "resume", "eval_only", "log_interval", "save_steps", "diagnostics"}
-NO_PART_OF_RESULT |= {"device", "compile", "batch_size", "shard", "recompute"}
+NO_PART_OF_RESULT |= {"device", "compile", "batch_size", "shard", "recompute", "chunked_loss"}
 NO_PART_OF_RESULT |= {"wandb_log", "wandb_project", "wandb_run_name"}
 
 
@@ -52,6 +52,9 @@ class TrainConfig(GPTConfig):
     compile: bool | None = None  # torch.compile; none: on CUDA
     shard: Literal["none", "full"] = "none"  # full: cut the model and its optimizer over all processes (FSDP2)
     recompute: bool = False  # keep no activations within blocks, compute them again: less memory, a third more work
+    chunked_loss: bool | None = (
+        None  # never have all logits of a micro-batch in memory; none: on a CPU, if not compiled
+    )
     wandb_log: bool = False  # mirror the metrics to Weights & Biases
     wandb_project: str = "wq-identity"  # the W&B project
     wandb_run_name: str | None = None  # the W&B name; none: that of the run folder

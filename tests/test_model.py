@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import configurator
-from model import GPT, GPTConfig, ParamCount
+from model import GPT, GPTConfig, ParamCount, attend
 from train import TrainConfig
 
 CONFIG = Path(__file__).resolve().parents[1] / "config"
@@ -232,3 +232,27 @@ def test_shapes_that_cannot_be_built_are_refused(changes, words):
 def test_a_sequence_longer_than_the_block_is_refused():
     with pytest.raises(ValueError, match="block_size=24"):
         GPT(SMALL)(torch.zeros(1, 25, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    "T, training, computed", [(8, True, "float32"), (8, False, "bfloat16"), (4096, True, "bfloat16")]
+)
+def test_attention_on_a_cpu_is_in_float32_where_short_sequences_train(monkeypatch, T, training, computed):
+    seen, function = [], F.scaled_dot_product_attention
+
+    def spy(q, k, v, **options):
+        seen.append(torch.bfloat16 if torch.is_autocast_enabled("cpu") else q.dtype)
+        return function(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    # With W_Q = I and autocast the queries are in float32, keys and values in bfloat16.
+    q, k, v = (torch.randn(1, 1, T, 16, requires_grad=True) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(training):
+        y = attend(q, k.bfloat16(), v.bfloat16(), is_causal=True, scale=0.3)
+    assert y.dtype == torch.bfloat16 and seen == [getattr(torch, computed)]
+    expected = function(q, k, v, is_causal=True, scale=0.3)
+    torch.testing.assert_close(y.float(), expected, atol=0.03, rtol=0.03)
+    if training:
+        found, exact = (torch.autograd.grad(out.float().sum(), (q, k, v)) for out in (y, expected))
+        for ours, theirs in zip(found, exact, strict=True):
+            assert (ours - theirs).norm() < 0.03 * max(1, theirs.norm())

@@ -1,5 +1,6 @@
 """Several processes: the run of one, resumed from one to two and back; micro-batches that shrink; recomputation."""
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -145,3 +146,27 @@ def test_recomputation_keeps_less(tiny):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             trainer.model(x, y)
     assert kept[True] < kept[False] / 2
+
+
+PAGE_FAULTS = """
+import resource, torch, parallel
+torch.set_num_threads(1)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.empty(2**24).fill_(1.0)  # 64 MiB: 2^14 pages of 4 KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+given_back = faults()
+parallel.keep_freed_memory()
+for _ in range(4):
+    faults()  # the first of these come anyway
+print(given_back, faults())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_freed_memory_is_used_again_without_a_page_fault():
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    result = subprocess.run([sys.executable, "-c", PAGE_FAULTS], capture_output=True, text=True, env=environment)
+    given_back, kept = map(int, result.stdout.split())
+    assert given_back > 100 > kept
