@@ -45,6 +45,9 @@ class BenchConfig(TrainConfig):
     out_dir: str | None = None  # where table.md goes, and traces with --profile; none: nowhere, traces to out/bench
     only: tuple[str, ...] = PARTS  # what to measure: train, eval, decode, loader
     peer: Literal["none", "hf"] = "none"  # hf: Hugging Face's GPT-2, too
+    peer_dtype: Literal["same", "float32", "bfloat16", "float16"] = (
+        "same"  # of the peer's matrix products; same: as ours
+    )
     repeats: int = 5  # turns of each model; the table has medians and the middle half
     warmup: int = 2  # calls of each that are not timed, in which torch.compile works
     min_seconds: float = 1.0  # of a turn; steps are repeated to reach it
@@ -71,6 +74,8 @@ class BenchConfig(TrainConfig):
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if self.peer == "hf":
             peer.check(self)
+        if self.peer_dtype != "same" and self.peer == "none":
+            raise ValueError("peer_dtype is of the peer: add --peer=hf, or leave it out")
         if self.measured and not self.plan:
             raise ValueError("measured is what --plan starts from: add --plan, or leave it out")
         for name, value in REFUSED.items():
@@ -187,7 +192,9 @@ def make_models(cfg, timed):
     """name -> Model of what cfg compares: baseline, reduced, the peer, and for a mixture its ideal (training alone)."""
     changes = {"baseline": dict(wq_identity=False), "reduced": dict(wq_identity=True)}
     if cfg.peer == "hf":
-        changes["Hugging Face"] = dict(wq_identity=False)
+        changes["Hugging Face"] = dict(
+            wq_identity=False, dtype=timed.dtype if cfg.peer_dtype == "same" else cfg.peer_dtype
+        )
     if cfg.n_expert and "train" in cfg.only:
         changes["active experts"] = dict(wq_identity=False, n_expert=0, mlp_ratio=cfg.mlp_ratio * cfg.n_expert_active)
     return {
@@ -232,7 +239,8 @@ def measure(cfg, timed):
     product = max(product, hardware.matrix_product_flops(run.device, run.dtype))
     facts["large matrix product"] = f"{product / 1e12:,.2f} TFLOP/s in {facts['dtype']}, measured in this run"
     facts |= conditions(cfg, timed, models)
-    rows = [row for what in sections for row in make_rows(what, sections[what], timings[what], peak, product)]
+    limits = (run.dtype, peak, product)
+    rows = [row for what in sections for row in make_rows(what, sections[what], timings[what], *limits)]
     result = {"header": facts, "config": dataclasses.asdict(timed), "rows": rows}
     result["notes"] = notes(cfg, run.dtype, rows)
     if cfg.profile:
@@ -272,16 +280,17 @@ def conditions(cfg, timed, models):
     return said
 
 
-def make_rows(what, works, timings, peak, product):
-    """A dict for each line of the table, from what `timing.interleave` gives."""
+def make_rows(what, works, timings, dtype, peak, product):
+    """A dict for each line of the table, from what `timing.interleave` gives; peak and product are those of dtype."""
     rows = []
     for name, work in works.items():
+        limits = (peak, product) if work.arm.run.dtype == dtype else (None, None)
         timed = timings[name]
         rate, *half = timing.middle(timed.rates)
         row = dict(what=what, model=name, tokens_per_second=rate, middle_half=half, rates=timed.rates)
         row |= dict(calls=timed.calls, tokens=work.tokens, flops=work.flops, peak_bytes=timed.peak_bytes)
-        row |= dict(of_peak=timing.utilisation(rate, work.flops, peak))
-        row |= dict(of_product=timing.utilisation(rate, work.flops, product))
+        of_peak, of_product = (timing.utilisation(rate, work.flops, limit) for limit in limits)
+        row |= dict(of_peak=of_peak, of_product=of_product)
         for reference in ("baseline", "Hugging Face"):
             if reference in works and reference != name:
                 row[f"over {reference}"] = timing.middle(timing.ratios(timed, timings[reference]))
@@ -316,9 +325,10 @@ def notes(cfg, dtype, rows):
             f"{cfg.mlp_ratio * cfg.n_expert_active:g}, {operations:.2f} times fewer operations)."
         )
     if cfg.peer == "hf":
+        peer_dtype = str(dtype).removeprefix("torch.") if cfg.peer_dtype == "same" else cfg.peer_dtype
         found.append(
-            "Hugging Face: GPT2LMHeadModel with SDPA, in the same loop, with the same optimizer and autocast; it has "
-            "biases, and its own loss in training and its own generate, greedy, in decoding."
+            f"Hugging Face: GPT2LMHeadModel with SDPA, in the same loop, with the same optimizer, in {peer_dtype}; it "
+            "has biases, and its own loss in training and its own generate, greedy, in decoding."
         )
     if "decode" in cfg.only and not cfg.causal:
         found.append("Decoding: n/a, as an encoder (causal=False) generates nothing.")

@@ -322,6 +322,13 @@ def test_the_peer_has_our_size_and_decodes_what_it_computes(quick, tmp_path):
     torch.testing.assert_close(losses.mean(), loss)
 
 
+def test_the_peer_in_a_precision_of_its_own_is_not_measured_by_ours(quick):
+    pytest.importorskip("transformers")
+    result = bench.bench(quick(peer="hf", peer_dtype="bfloat16", only=("train",)))
+    assert [row["of_product"] is None for row in result["rows"]] == [False, False, True]
+    assert any("same optimizer, in bfloat16" in note for note in result["notes"])
+
+
 def test_the_uncached_loop_gives_the_tokens_of_the_cached_one():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=24, vocab_size=97, n_layer=2, n_head=2, n_embd=32)).eval()
@@ -346,6 +353,7 @@ def test_the_uncached_loop_gives_the_tokens_of_the_cached_one():
         (["--plan", "--measured=nowhere.json"], ["nowhere.json", "python bench.py"]),
         (["--peer=hf", "--norm=rmsnorm"], ["peer=hf", "norm=layernorm", "rmsnorm"]),
         (["--json=nowhere/speed.json"], ["json", "no folder nowhere"]),
+        (["--peer_dtype=float32"], ["peer_dtype", "--peer=hf"]),
         (["--peer=nanogpt"], ["peer", "none, hf"]),
         (["--repeat=3"], ["repeat", "did you mean repeats"]),
         (["--wk_identity", "--wv_identity"], ["wq_identity"]),

@@ -17,6 +17,7 @@ import checkpoint
 import parallel
 import runlog
 import train
+from model import GPTConfig
 
 STEPS = 50
 SCHEDULE = dict(max_iters=STEPS, eval_interval=25, batch_size=2, dtype="float32", weight_decay=0.1)
@@ -146,6 +147,21 @@ def test_recomputation_keeps_less(tiny):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             trainer.model(x, y)
     assert kept[True] < kept[False] / 2
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_auto_is_bfloat16_on_a_cpu_where_that_was_measured_to_be_faster(monkeypatch, amx):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    cpu, fast = torch.device("cpu"), torch.bfloat16 if amx else torch.float32
+    for n_embd, vocab_size, training, expected in (
+        (64, 320, True, torch.float32),
+        (128, 320, True, fast),
+        (128, 320, False, torch.float32),
+        (384, 50304, False, fast),
+    ):
+        config = GPTConfig(n_embd=n_embd, n_head=4, vocab_size=vocab_size)
+        assert parallel.choose_dtype("auto", cpu, config, training) == expected
+        assert parallel.choose_dtype("float16", cpu, config, training) == torch.float16
 
 
 PAGE_FAULTS = """
