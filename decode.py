@@ -12,28 +12,37 @@ import torch
 class KVCache:
     """The keys and values of each layer for the tokens seen so far, in tensors that are allocated once.
 
-    batch_size: sequences. max_tokens: the most that they will hold, at most the model's block_size. Call `advance`
-    before each forward pass.
+    batch_size: sequences. max_tokens: the most that they will hold, at most the model's block_size. few_shapes:
+    attention after the prompt looks at a multiple of 128 places and masks the rest, so that torch.compile meets few
+    shapes. Call `advance` before each forward pass.
     """
 
-    STRIDE = 128  # attention looks at a multiple of this many places, so that few shapes occur
+    STRIDE = 128
 
-    def __init__(self, model, batch_size, max_tokens):
+    def __init__(self, model, batch_size, max_tokens, few_shapes=False):
         config, weight = model.config, model.lm_head.weight
         n_kv_head = config.n_kv_head or config.n_head
         shape = (2, config.n_layer, batch_size, n_kv_head, max_tokens, config.n_embd // config.n_head)
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         self.tensors = torch.zeros(shape, dtype=dtype, device=weight.device)
-        self.n_tokens = 0
+        self.n_tokens, self.few_shapes = 0, few_shapes
 
     def advance(self, n_new):
         """Make room for the next n_new tokens of each sequence."""
-        device = self.tensors.device
-        self.positions = torch.arange(self.n_tokens, self.n_tokens + n_new, device=device)
-        self.n_tokens += n_new
-        n_places = min(-(-self.n_tokens // self.STRIDE) * self.STRIDE, self.tensors.size(4))
-        self.mask = torch.arange(n_places, device=device) <= self.positions[:, None]  # (n_new, n_places)
+        device, n_before = self.tensors.device, self.n_tokens
+        self.positions = torch.arange(n_before, n_before + n_new, device=device)
+        self.n_tokens = self.n_places = n_before + n_new
+        if n_before and self.few_shapes:
+            self.n_places = min(-(-self.n_tokens // self.STRIDE) * self.STRIDE, self.tensors.size(4))
+        # Attention without a mask has faster kernels: the first tokens are plainly causal, and a last one sees all.
+        if n_before == 0:
+            self.visible = dict(is_causal=True)
+        elif n_new == 1 and not self.few_shapes:
+            self.visible = {}
+        else:
+            places = torch.arange(self.n_places, device=device)
+            self.visible = dict(attn_mask=places <= self.positions[:, None])  # (n_new, n_places)
 
     def repeat(self, n):
         """Give each sequence n copies, which stand next to each other."""
@@ -41,7 +50,7 @@ class KVCache:
 
     def layer(self, number):
         """The LayerCache of one layer, for the tokens of the last `advance`."""
-        return LayerCache(*self.tensors[:, number], self.positions, self.mask)
+        return LayerCache(*self.tensors[:, number], self.positions, self.n_places, self.visible)
 
 
 class LayerCache(NamedTuple):
@@ -50,14 +59,14 @@ class LayerCache(NamedTuple):
     keys: torch.Tensor  # (B, n_kv_head, max_tokens, d_k), as are the values
     values: torch.Tensor
     positions: torch.Tensor  # (n_new,) int64, of the new tokens
-    mask: torch.Tensor  # (n_new, n_places), True where a new token sees a place
+    n_places: int  # that attention looks at
+    visible: dict  # which of these a new token sees, for scaled_dot_product_attention
 
     def extend(self, k, v):
-        """Keep the new tokens' k and v, (B, n_kv_head, n_new, d_k); those of all places that the mask is about."""
+        """Keep the new tokens' k and v, (B, n_kv_head, n_new, d_k); those of all n_places."""
         for kept, new in ((self.keys, k), (self.values, v)):
             kept.index_copy_(2, self.positions, new.to(kept.dtype))
-        n_places = self.mask.size(1)
-        return self.keys[:, :, :n_places], self.values[:, :, :n_places]
+        return self.keys[:, :, : self.n_places], self.values[:, :, : self.n_places]
 
 
 @torch.no_grad()
@@ -84,7 +93,8 @@ def generate(
     tokens = idx.new_empty(idx.size(0) * num_samples, n_prompt + max_new_tokens)
     tokens[:, :n_prompt] = idx.repeat_interleave(num_samples, dim=0)
     prompt = idx[:, -block_size:]
-    cache = KVCache(model, len(prompt), min(block_size, prompt.size(1) + max(0, max_new_tokens - 1)))
+    max_tokens = min(block_size, prompt.size(1) + max(0, max_new_tokens - 1))
+    cache = KVCache(model, len(prompt), max_tokens, few_shapes=compile_step)
     cache.advance(prompt.size(1))
     logits, _ = model(prompt, cache=cache)
     logits = logits.repeat_interleave(num_samples, dim=0)

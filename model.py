@@ -202,7 +202,7 @@ class SelfAttention(nn.Module):
         else:
             q, k, v = self.project(x, cache.positions)
             k, v = cache.extend(k, v)
-            visible = dict(attn_mask=cache.mask)
+            visible = cache.visible
         dropout_p = self.dropout if self.training else 0.0
         y = attend(q, k, v, dropout_p=dropout_p, **visible, **self.options)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # from (B, n_head, T, d_k)

@@ -46,11 +46,13 @@ def test_greedy_tokens_are_those_of_the_uncached_model(changes):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("few_shapes", [False, True])
 @pytest.mark.parametrize("changes", ARCHITECTURES, ids=str)
-def test_logits_are_those_of_the_uncached_model_however_the_tokens_come(changes):
+def test_logits_are_those_of_the_uncached_model_however_the_tokens_come(changes, few_shapes, monkeypatch):
+    monkeypatch.setattr(decode.KVCache, "STRIDE", 8)
     model = make(**changes).double()
     idx = torch.randint(97, (3, 20))
-    cache = decode.KVCache(model, 3, 20)
+    cache = decode.KVCache(model, 3, 20, few_shapes=few_shapes)
     for chunk in idx.split([5, 1, 1, 9, 4], dim=1):
         cache.advance(chunk.size(1))
         logits, _ = model(chunk, cache=cache)
@@ -72,12 +74,6 @@ def test_samples_of_a_prompt_share_its_prefill():
     greedy = decode.generate(model, idx, 6, temperature=0, num_samples=2)
     assert torch.equal(greedy[::2], greedy[1::2])
     assert torch.equal(greedy[::2], uncached(model, idx, 6))
-
-
-def test_more_places_than_a_stride():
-    model = make(block_size=300)
-    idx = torch.randint(97, (1, 120))
-    assert torch.equal(decode.generate(model, idx, 170, temperature=0), uncached(model, idx, 170))
 
 
 def test_under_autocast_the_cache_is_bfloat16():
