@@ -5,7 +5,6 @@ evaluation, and average what they compute. Gradients meet once a step, after the
 """
 
 import contextlib
-import ctypes
 import functools
 import os
 import resource
@@ -16,8 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 class World(NamedTuple):
@@ -194,20 +191,6 @@ def prefer_attention(device):
 def describe_device(device):
     """The device's name, for people."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
-def keep_freed_memory():
-    """Have this process use freed memory again rather than give it back to the system (glibc; elsewhere nothing).
-
-    On a CPU a training step frees and wants the same large tensors again and again, and the system's clearing of their
-    pages can take a third of its time.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def peak_memory_bytes(device):

@@ -127,8 +127,6 @@ class Trainer:
         on_cuda = self.device.type == "cuda"
         if on_cuda:
             torch.set_float32_matmul_precision("high")
-        else:
-            parallel.keep_freed_memory()
         if cfg.recompute:
             parallel.recompute_activations(self.model)
         self.compiled = on_cuda if cfg.compile is None else cfg.compile

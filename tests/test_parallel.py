@@ -1,6 +1,5 @@
 """Several processes: the run of one, resumed from one to two and back; micro-batches that shrink; recomputation."""
 
-import ctypes
 import dataclasses
 import json
 import os
@@ -162,27 +161,3 @@ def test_auto_is_bfloat16_on_a_cpu_where_that_was_measured_to_be_faster(monkeypa
         config = GPTConfig(n_embd=n_embd, n_head=4, vocab_size=vocab_size)
         assert parallel.choose_dtype("auto", cpu, config, training) == expected
         assert parallel.choose_dtype("float16", cpu, config, training) == torch.float16
-
-
-PAGE_FAULTS = """
-import resource, torch, parallel
-torch.set_num_threads(1)
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(4):
-        torch.empty(2**24).fill_(1.0)  # 64 MiB: 2^14 pages of 4 KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-given_back = faults()
-parallel.keep_freed_memory()
-for _ in range(4):
-    faults()  # the first of these come anyway
-print(given_back, faults())
-"""
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
-def test_freed_memory_is_used_again_without_a_page_fault():
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    result = subprocess.run([sys.executable, "-c", PAGE_FAULTS], capture_output=True, text=True, env=environment)
-    given_back, kept = map(int, result.stdout.split())
-    assert given_back > 100 > kept
