@@ -32,6 +32,7 @@ import train
 from cost import cost
 from train_config import TrainConfig
 
+PeerDtype = Literal["same", "float32", "bfloat16", "float16"]
 PARTS = ("train", "eval", "decode", "loader")
 PROFILED_MICRO_BATCHES = 3  # or those of one step, if it has more
 # Fields that ask for what a benchmark does not do, and the value that does not.
@@ -45,9 +46,7 @@ class BenchConfig(TrainConfig):
     out_dir: str | None = None  # where table.md goes, and traces with --profile; none: nowhere, traces to out/bench
     only: tuple[str, ...] = PARTS  # what to measure: train, eval, decode, loader
     peer: Literal["none", "hf"] = "none"  # hf: Hugging Face's GPT-2, too
-    peer_dtype: Literal["same", "float32", "bfloat16", "float16"] = (
-        "same"  # of the peer's matrix products; same: as ours
-    )
+    peer_dtype: PeerDtype = "same"  # of the matrix products of the peer; same: as ours
     repeats: int = 5  # turns of each model; the table has medians and the middle half
     warmup: int = 2  # calls of each that are not timed, in which torch.compile works
     min_seconds: float = 1.0  # of a turn; steps are repeated to reach it
@@ -108,6 +107,7 @@ class Model(timing.Arm):
         self.resident = hardware.allocated_bytes(self.device) - held
         self.batches = self.run.batches()
         self.flops = cost(cfg.model_config())
+        self.decoding_dtype = parallel.choose_dtype(cfg.dtype, self.device, cfg, decoding=True)
 
     def step(self):
         """A training step, its batch from the loader; every log_interval steps the loss is waited for, as in a run."""
@@ -118,12 +118,14 @@ class Model(timing.Arm):
             self.run.check()
 
     def training(self):
-        return timing.Work(self, self.step, self.run.cfg.tokens_per_step, self.flops.training_flops)
+        run = self.run
+        return timing.Work(self, self.step, run.cfg.tokens_per_step, self.flops.training_flops, run.dtype)
 
     def evaluation(self):
         offsets = data.evaluation_offsets(len(self.run.bins.val), self.run.cfg.block_size, self.run.n_sequences)
         tokens = len(offsets) * self.run.cfg.block_size
-        return timing.Work(self, lambda: self.run.evaluate(offsets), tokens, self.flops.forward_flops)
+        flops, dtype = self.flops.forward_flops, self.run.dtype
+        return timing.Work(self, lambda: self.run.evaluate(offsets), tokens, flops, dtype)
 
     def loading(self):
         return timing.Work(self, lambda: next(self.batches), self.run.cfg.tokens_per_step)
@@ -133,11 +135,13 @@ class Model(timing.Arm):
         model, n_new = self.run.model, cfg.decode_tokens
         generator = torch.Generator().manual_seed(0)
         prompt = torch.randint(cfg.vocab_size, (batch_size, cfg.decode_prompt), generator=generator).to(self.device)
+        dtype = self.decoding_dtype
+        autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
         @torch.no_grad()
         def call():
             model.eval()
-            with self.run.autocast:
+            with autocast:
                 if not cached:
                     tokens = uncached(model, prompt, n_new)
                 elif isinstance(model, peer.HuggingFaceGPT2):
@@ -150,7 +154,7 @@ class Model(timing.Arm):
         # Operations of a new token with a mean number of others to look at; the prompt's are not counted.
         context = cfg.decode_prompt + n_new // 2
         flops = cost(dataclasses.replace(self.run.cfg.model_config(), block_size=context)).forward_flops
-        return timing.Work(self, call, batch_size * n_new, flops if cached else None)
+        return timing.Work(self, call, batch_size * n_new, flops if cached else None, dtype)
 
 
 def uncached(model, idx, n_new):
@@ -159,6 +163,11 @@ def uncached(model, idx, n_new):
         logits, _ = model(idx)
         idx = torch.cat((idx, logits[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
     return idx
+
+
+def name_of(dtype):
+    """A torch.dtype's name: 'bfloat16'."""
+    return str(dtype).removeprefix("torch.")
 
 
 def write_synthetic(folder, cfg):
@@ -229,20 +238,22 @@ def measure(cfg, timed):
     if run.compiled or cfg.decode_compile:
         torch._dynamo.config.recompile_limit = 64  # the models share their code; beyond 8 versions it would run eagerly
     facts = hardware.facts(run.device, run.dtype, run.cfg.model_config(), run.compiled)
-    peak = hardware.peak_flops(facts["device"], run.dtype)
-    product = hardware.matrix_product_flops(run.device, run.dtype)
     sections, timings = make_sections(cfg, models), {}
+    dtypes = sorted({work.dtype for works in sections.values() for work in works.values() if work.dtype}, key=str)
+    products = {dtype: hardware.matrix_product_flops(run.device, dtype) for dtype in dtypes}
     for what, works in sections.items():
         print(f"{what} …", flush=True)
         timings[what] = timing.interleave(works, cfg.repeats, cfg.warmup, cfg.min_seconds)
-    # Should something else have disturbed one of the two, the other is what the device can do.
-    product = max(product, hardware.matrix_product_flops(run.device, run.dtype))
-    facts["large matrix product"] = f"{product / 1e12:,.2f} TFLOP/s in {facts['dtype']}, measured in this run"
+    for dtype in dtypes:  # should something else have disturbed one of the two, the other is what the device can do
+        products[dtype] = max(products[dtype], hardware.matrix_product_flops(run.device, dtype))
+    reached = ", ".join(f"{products[dtype] / 1e12:,.2f} TFLOP/s in {name_of(dtype)}" for dtype in dtypes)
+    if reached:
+        facts["large matrix product"] = f"{reached}, measured in this run"
     facts |= conditions(cfg, timed, models)
-    limits = (run.dtype, peak, product)
-    rows = [row for what in sections for row in make_rows(what, sections[what], timings[what], *limits)]
+    limits = {dtype: (hardware.peak_flops(facts["device"], dtype), products[dtype]) for dtype in dtypes}
+    rows = [row for what in sections for row in make_rows(what, sections[what], timings[what], limits)]
     result = {"header": facts, "config": dataclasses.asdict(timed), "rows": rows}
-    result["notes"] = notes(cfg, run.dtype, rows)
+    result["notes"] = notes(cfg, models, rows)
     if cfg.profile:
         folder = Path(cfg.out_dir or "out/bench")
         folder.mkdir(parents=True, exist_ok=True)
@@ -275,21 +286,25 @@ def conditions(cfg, timed, models):
     if "decode" in cfg.only and cfg.causal:
         said["decoding"] = (
             f"{cfg.decode_tokens} tokens after a prompt of {cfg.decode_prompt}, greedy, the prompt's time included, "
-            f"{'compiled' if cfg.decode_compile else 'not compiled'}"
+            f"in {name_of(models['baseline'].decoding_dtype)}, {'compiled' if cfg.decode_compile else 'not compiled'}"
         )
     return said
 
 
-def make_rows(what, works, timings, dtype, peak, product):
-    """A dict for each line of the table, from what `timing.interleave` gives; peak and product are those of dtype."""
+def make_rows(what, works, timings, limits):
+    """A dict for each line of the table, from what `timing.interleave` gives.
+
+    limits: dtype -> operations a second of the datasheet (None: not known) and of a large matrix product.
+    """
     rows = []
     for name, work in works.items():
-        limits = (peak, product) if work.arm.run.dtype == dtype else (None, None)
         timed = timings[name]
         rate, *half = timing.middle(timed.rates)
         row = dict(what=what, model=name, tokens_per_second=rate, middle_half=half, rates=timed.rates)
         row |= dict(calls=timed.calls, tokens=work.tokens, flops=work.flops, peak_bytes=timed.peak_bytes)
-        of_peak, of_product = (timing.utilisation(rate, work.flops, limit) for limit in limits)
+        of_peak, of_product = (
+            timing.utilisation(rate, work.flops, limit) for limit in limits.get(work.dtype, (None, None))
+        )
         row |= dict(of_peak=of_peak, of_product=of_product)
         for reference in ("baseline", "Hugging Face"):
             if reference in works and reference != name:
@@ -298,7 +313,7 @@ def make_rows(what, works, timings, dtype, peak, product):
     return rows
 
 
-def notes(cfg, dtype, rows):
+def notes(cfg, models, rows):
     """What the table's lines mean for decoding and for a mixture of experts: a list of sentences."""
     by_name = {(row["what"], row["model"]): row for row in rows}
     found = []
@@ -308,7 +323,7 @@ def notes(cfg, dtype, rows):
         for wq_identity in (False, True):
             config = cfg.train_config(wq_identity=wq_identity).model_config()
             layers = config.n_layer if config.share_layers else 1
-            sizes.append(cost(config).attn_mlp * layers * dtype.itemsize)
+            sizes.append(cost(config).attn_mlp * layers * models["baseline"].decoding_dtype.itemsize)
         ratio, lower, upper = reduced["over baseline"]
         found.append(
             f"Decoding: a token at batch 1 reads {sizes[0] / 1e6:,.2f} MB of block weights with W_Q and "
@@ -325,9 +340,9 @@ def notes(cfg, dtype, rows):
             f"{cfg.mlp_ratio * cfg.n_expert_active:g}, {operations:.2f} times fewer operations)."
         )
     if cfg.peer == "hf":
-        peer_dtype = str(dtype).removeprefix("torch.") if cfg.peer_dtype == "same" else cfg.peer_dtype
+        dtype = name_of(models["Hugging Face"].run.dtype)
         found.append(
-            f"Hugging Face: GPT2LMHeadModel with SDPA, in the same loop, with the same optimizer, in {peer_dtype}; it "
+            f"Hugging Face: GPT2LMHeadModel with SDPA, in the same loop, with the same optimizer, in {dtype}; it "
             "has biases, and its own loss in training and its own generate, greedy, in decoding."
         )
     if "decode" in cfg.only and not cfg.causal:

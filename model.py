@@ -16,8 +16,6 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from linear_cross_entropy import linear_cross_entropy
-
 ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU(approximate="tanh"), "relu": nn.ReLU}
 NORMS = {
     "layernorm": lambda config: nn.LayerNorm(config.n_embd, bias=config.bias),
@@ -157,7 +155,7 @@ def unrotated(x, positions=None):
 
 
 def attend(q, k, v, **options):
-    """F.scaled_dot_product_attention of (B, heads, T, d_k) each; in training on a CPU in float32 if T is small."""
+    """F.scaled_dot_product_attention of (B, heads, T, d_k) each; with gradients, on a CPU and at small T in float32."""
     # There its backward pass takes up to five times as long in bfloat16, more than the forward pass saves.
     if q.device.type == "cpu" and torch.is_grad_enabled() and q.size(2) * q.size(3) <= 2**14:
         with torch.autocast("cpu", enabled=False):
@@ -300,7 +298,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.chunked_loss = False  # True: the logits that a loss needs are never whole
+        self.chunked_loss = None  # or linear_cross_entropy: the loss with a part of the logits in memory at a time
         block = ParallelBlock if config.parallel else Block
         n_block = 1 if config.share_layers else config.n_layer
         self.order = [layer % n_block for layer in range(config.n_layer)]  # the block of each layer
@@ -335,8 +333,9 @@ class GPT(nn.Module):
         idx: (B, T) int64, T at most block_size. targets: (B, T) int64; −1 is ignored. cache: the decode.KVCache of
         the tokens before idx, advanced by T; None: there are none before.
         Returns (logits, loss): with targets, logits (B, T, vocab_size) and the mean loss over the targets that count,
-        or each token's loss, (B·T,), with reduction='none' (no logits with chunked_loss); without, logits of the last
-        position alone, (B, 1, vocab_size), and None. Raises ValueError when T exceeds block_size.
+        or each token's loss, (B·T,), with reduction='none'; without, logits of the last position alone,
+        (B, 1, vocab_size), and None. With chunked_loss there are no logits beside a loss, and no gradient with
+        reduction='none'. Raises ValueError when T exceeds block_size.
         """
         B, T = idx.shape
         if T > self.config.block_size:
@@ -354,7 +353,7 @@ class GPT(nn.Module):
             return self.lm_head(x[:, [-1]]), None
         if self.chunked_loss:
             logits, weight = None, self.lm_head.weight
-            loss = linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), reduction)
+            loss = self.chunked_loss(x.flatten(0, 1), weight, targets.flatten(), reduction)
         else:
             logits = self.lm_head(x)
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)

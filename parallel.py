@@ -16,6 +16,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from linear_cross_entropy import linear_cross_entropy
+
 
 class World(NamedTuple):
     """This process among those of the run."""
@@ -162,8 +164,11 @@ def choose_device(name):
     return device
 
 
-def choose_dtype(name, device, config, training=True):
-    """The torch.dtype of matrix products; 'auto': the fastest that is safe on this device, for this GPTConfig."""
+def choose_dtype(name, device, config, decoding=False):
+    """The torch.dtype of matrix products; 'auto': the fastest that is safe on this device, for this GPTConfig.
+
+    decoding: to generate text, not to train or evaluate.
+    """
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -171,8 +176,23 @@ def choose_dtype(name, device, config, training=True):
     # bfloat16 pays on a CPU with AMX unless matrices are small. Training: 128 × 512 gained (1.6 times), 64 × 320 lost
     # (0.93). Decoding: 384 × 50,304 gained (1.3 to 2.3 times at 8 sequences), 128 × 512 lost (0.6 to 0.9).
     largest = config.n_embd * max(config.vocab_size, 4 * config.n_embd)
-    pays = largest >= (2**16 if training else 2**18)
+    pays = largest >= (2**18 if decoding else 2**16)
     return torch.bfloat16 if pays and torch.cpu._is_amx_tile_supported() else torch.float32
+
+
+def choose_loss(chunked, device, dtype, compiled):
+    """`linear_cross_entropy`, or None for the loss from all logits at once; chunked: TrainConfig's chunked_loss.
+
+    Raises ValueError for float16, whose loss scale would come after the gradients of the logits are rounded.
+    """
+    if chunked and dtype == torch.float16:
+        raise ValueError("chunked_loss=True does not go with dtype=float16: leave it out, or take dtype=bfloat16")
+    if chunked is None:
+        chunked = device.type == "cpu" and dtype != torch.float16 and not compiled  # torch.compile fuses the loss
+    if not chunked:
+        return None
+    # A compiled graph would hold every chunk.
+    return torch.compiler.disable(linear_cross_entropy) if compiled else linear_cross_entropy
 
 
 def prefer_attention(device):

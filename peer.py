@@ -1,4 +1,4 @@
-"""Hugging Face's GPT-2 in the place of ours, for a comparison of speeds: same sizes, dtype, optimizer and data."""
+"""Hugging Face's GPT-2 in the place of ours, for a comparison of speeds: same sizes, optimizer and data."""
 
 import importlib.util
 

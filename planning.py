@@ -10,6 +10,7 @@ from pathlib import Path
 
 import configurator
 import hardware
+import linear_cross_entropy
 import runlog
 from cost import cost
 from model import GPTConfig
@@ -31,7 +32,8 @@ keys' width; h: the MLP's hidden width, times the experts; b: sequences in a mic
 - states = 4 N (parameters) + 4 N (gradients) + 8 N (AdamW), shared by the GPUs with shard=full, + 2 M (bfloat16 copies)
 - activations = b T (L B + 6 d + 8), a block's B = 12 d + 2 (d + 2 d_kv) + 2 d + 4 h + 4 n_head + 16: what eager PyTorch
   keeps of GPT-2's blocks in bfloat16 autocast; with recompute=True b T (4 d L + B + 6 d + 8)
-- logits = 14 b T vocab_size: bfloat16 logits, float32 log-probabilities and the gradients of both
+- logits = 14 b T vocab_size: bfloat16 logits, float32 log-probabilities and the gradients of both; with
+  chunked_loss=True 10 min(b T vocab_size, 2^26) + 4 d vocab_size + 2 b T d
 
 torch.compile keeps less activations and logits; so what fits here, fits."""
 
@@ -49,7 +51,7 @@ class Memory:
         return self.states + self.activations + self.logits
 
 
-def memory(config, batch_size, recompute=False, pieces=1):
+def memory(config, batch_size, recompute=False, pieces=1, chunked_loss=False):
     """The Memory of a GPTConfig at a micro-batch of batch_size sequences; pieces: GPUs that share the states (FSDP).
 
     The terms are those of FORMULAS.
@@ -62,7 +64,12 @@ def memory(config, batch_size, recompute=False, pieces=1):
     # Two float32 residual streams with two bfloat16 norm outputs, and two float32 numbers a norm, in each block.
     block = 12 * d + 2 * (d + 2 * kv_width) + 2 * d + 4 * hidden + 4 * config.n_head + 16
     blocks = config.n_layer * 4 * d + block if recompute else config.n_layer * block
-    return Memory(states, tokens * (blocks + 6 * d + 8), tokens * config.vocab_size * 14)
+    logits = tokens * config.vocab_size
+    if chunked_loss:
+        logits_bytes = 10 * min(logits, linear_cross_entropy.CHUNK) + 4 * config.vocab_size * d + 2 * tokens * d
+    else:
+        logits_bytes = 14 * logits
+    return Memory(states, tokens * (blocks + 6 * d + 8), logits_bytes)
 
 
 def step_flops(config, recompute=False):
@@ -103,7 +110,7 @@ def fitting_batch_size(cfg, limit, pieces):
     """The largest of cfg's micro-batch, its half, … that needs at most `limit` bytes; None where not even one fits."""
     batch_size = cfg.batch_size or max(1, 2**16 // cfg.block_size)
     while batch_size:
-        if memory(cfg.model_config(), batch_size, cfg.recompute, pieces).total <= limit:
+        if memory(cfg.model_config(), batch_size, cfg.recompute, pieces, cfg.chunked_loss).total <= limit:
             return batch_size
         batch_size //= 2
     return None
@@ -119,7 +126,7 @@ def utilisation(gpu, model, measured):
 def was_measured(cfg, gpu, n_gpus, measured):
     """Whether it is cfg's own speed on this GPU type that the JSON file of bench.py has; W_Q may differ."""
     names = {field.name for field in dataclasses.fields(GPTConfig)} - {"wq_identity", "attn_scale"}
-    names |= {"recompute", "batch_size"}
+    names |= {"recompute", "chunked_loss", "batch_size"}
     return (
         measured is not None
         and (gpu, n_gpus) == (measured["header"]["device"], 1)
@@ -137,7 +144,7 @@ def rows(cfg, measured=None):
         arm = dataclasses.replace(sized, wq_identity=wq_identity)
         pieces = n_gpus if arm.shard == "full" else 1
         batch_size = fitting_batch_size(arm, (1 - SPARE) * sheet.memory, pieces)
-        needs = memory(arm.model_config(), batch_size or 1, arm.recompute, pieces)
+        needs = memory(arm.model_config(), batch_size or 1, arm.recompute, pieces, arm.chunked_loss)
         share, source = utilisation(gpu, model, measured)
         tokens = n_gpus * share * sheet.peak["bfloat16"] / step_flops(arm.model_config(), arm.recompute)
         basis = "extrapolated"

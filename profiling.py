@@ -12,7 +12,7 @@ import hardware
 KINDS = {
     "attention": r"attention|flash|fmha|sdpa",
     "optimizer": r"adam|multi_tensor|foreach|optimizer|vector_norm|clip_grad",
-    "cross-entropy": r"log_?softmax|softmaxforward|softmaxbackward|nll_?loss|cross_?entropy",
+    "cross-entropy": r"log_?softmax|softmaxforward|softmaxbackward|nll_?loss|cross_?entropy|aten::(exp_|gather)",
     "normalisation": r"layer_?norm|rms_?norm|gammabeta|rsqrt",
     "activation": r"gelu|relu|silu|tanh|erf",
     "matrix products": r"(?<![a-z])(mm|addmm|bmm|baddbmm|matmul|linear)(?![a-z])|gemm|nvjet|cutlass",

@@ -70,8 +70,11 @@ class RunLog:
                 f"cannot make the run folder {folder}: {error.strerror}; choose another out_dir"
             ) from error
         run = read_json(self.folder / "run.json") or {"segments": []}
+        was, dtype = run.get("dtype"), facts.get("dtype")
+        if was not in (None, dtype):  # dtype=auto, on another machine or with another version
+            print(f"warning: the run was in {was} and goes on in {dtype}; --dtype={was} keeps it as it was")
         run |= {"git_commit": git_commit(), "versions": versions(), **facts}
-        run["segments"].append({"start": now(), "step": start_step})
+        run["segments"].append({"start": now(), "step": start_step, "dtype": dtype})
         self._wandb = _start_wandb(self.folder, config, run) if config["wandb_log"] else None
         (self.folder / "summary.json").unlink(missing_ok=True)  # a run that goes on is not finished
         write_json(self.folder / "config.json", config)

@@ -28,6 +28,7 @@ class Work:
     call: Callable[[], object]
     tokens: int  # that one call works through
     flops: float | None = None  # of a token: model operations, for utilisation; None: no matrix products
+    dtype: torch.dtype | None = None  # of these
 
 
 @dataclass

@@ -130,8 +130,7 @@ class Trainer:
         if cfg.recompute:
             parallel.recompute_activations(self.model)
         self.compiled = on_cuda if cfg.compile is None else cfg.compile
-        chunked_by_default = not (on_cuda or self.compiled)  # torch.compile has a way of its own
-        self.model.chunked_loss = chunked_by_default if cfg.chunked_loss is None else cfg.chunked_loss
+        self.model.chunked_loss = parallel.choose_loss(cfg.chunked_loss, self.device, self.dtype, self.compiled)
         self.fast_model, self.synchronise = parallel.spread(
             self.model, self.compiled, cfg.shard, self.world, self.device
         )

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import bench
 import decode
 import hardware
+import parallel
 import profiling
 import timing
 from cost import cost
@@ -322,11 +323,30 @@ def test_the_peer_has_our_size_and_decodes_what_it_computes(quick, tmp_path):
     torch.testing.assert_close(losses.mean(), loss)
 
 
-def test_the_peer_in_a_precision_of_its_own_is_not_measured_by_ours(quick):
+def test_each_precision_is_measured_by_its_own_limit(quick, monkeypatch):
     pytest.importorskip("transformers")
+    monkeypatch.setattr(hardware, "peak_flops", lambda name, dtype: {torch.float32: 1e12, torch.bfloat16: 1e13}[dtype])
     result = bench.bench(quick(peer="hf", peer_dtype="bfloat16", only=("train",)))
-    assert [row["of_product"] is None for row in result["rows"]] == [False, False, True]
+    for row, peak in zip(result["rows"], (1e12, 1e12, 1e13), strict=True):
+        assert row["of_peak"] == pytest.approx(row["tokens_per_second"] * row["flops"] / peak)
+    assert "TFLOP/s in bfloat16, " in result["header"]["large matrix product"]
     assert any("same optimizer, in bfloat16" in note for note in result["notes"])
+
+
+def test_decoding_is_in_the_precision_that_sampling_would_choose(quick, tmp_path, monkeypatch):
+    choose = parallel.choose_dtype
+
+    def choose_dtype(name, device, config, decoding=False):
+        return torch.bfloat16 if name == "auto" and decoding else choose(name, device, config)
+
+    monkeypatch.setattr(parallel, "choose_dtype", choose_dtype)
+    timed = bench.timed_config(quick(dtype="auto"), tmp_path)
+    model, seen = bench.Model("baseline", timed), []
+    model.run.model.register_forward_hook(lambda module, args, out: seen.append(out[0].dtype))
+    work = model.decoding(quick(), batch_size=1)
+    work.call()
+    assert work.dtype == torch.bfloat16 and set(seen) == {torch.bfloat16}
+    assert model.training().dtype == torch.float32
 
 
 def test_the_uncached_loop_gives_the_tokens_of_the_cached_one():

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import configurator
+from bench import BenchConfig
 from prepare_owt import PrepareConfig
 from report import ReportConfig
 from sample import SampleConfig
@@ -140,7 +141,10 @@ def test_stored_values_come_before_files_and_options(tmp_path):
     assert values == {"steps": 5, "rate": 0.25, "save": (1, 2), "name": "n"}
 
 
-@pytest.mark.parametrize("schema", [Example, TrainConfig, PrepareConfig, SampleConfig, ReportConfig, SweepConfig])
+SCHEMAS = [Example, TrainConfig, BenchConfig, PrepareConfig, SampleConfig, ReportConfig, SweepConfig]
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
 def test_help_prints_every_field_with_its_meaning(schema, capsys):
     with pytest.raises(SystemExit) as stopped:
         configurator.parse(schema, ["--help"])

@@ -45,26 +45,46 @@ def test_loss_and_gradients_are_those_of_torch_for_any_size_of_chunk(n, d, vocab
         patch.setattr(linear_cross_entropy, "PART", part)
         loss = linear_cross_entropy.linear_cross_entropy(x, weight, targets)
         found = torch.autograd.grad(loss * factor, (x, weight))
-        losses = linear_cross_entropy.linear_cross_entropy(x, weight, targets, reduction="none")
+        with torch.no_grad():
+            losses = linear_cross_entropy.linear_cross_entropy(x, weight, targets, reduction="none")
+            alone = linear_cross_entropy.linear_cross_entropy(x, weight, targets)
+    assert torch.equal(alone, loss.detach())
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(found, gradients)
     torch.testing.assert_close(losses, plain(x, weight, targets, "none").detach())
 
 
-def test_in_bfloat16_it_is_as_near_to_float64_as_torch_is():
-    x, weight, targets = (t.detach() for t in example(512, 64, 1000, seed=0))
-    weight *= 0.1
-    x, weight = (t.float().requires_grad_() for t in (x, weight))
-    exact = torch.autograd.grad(plain(x.double(), weight.double(), targets, "mean"), (x, weight))
-
-    def errors(function):
+@pytest.mark.parametrize("n", [257, 768, 1000])
+def test_under_autocast_its_gradients_are_those_of_torch(n):
+    """The same products of the same rounded numbers: they agree far beyond bfloat16's precision of 0.4 %."""
+    x, weight, targets = (t.detach() for t in example(n, 64, 1000, seed=n))
+    x, weight = x.float().requires_grad_(), (0.1 * weight).float().requires_grad_()
+    gradients = []
+    for function in (linear_cross_entropy.linear_cross_entropy, plain):
         with torch.autocast("cpu", torch.bfloat16):
             loss = function(x, weight, targets, "mean")
-        gradients = torch.autograd.grad(loss, (x, weight))
-        return [(a - b).norm() / b.norm() for a, b in zip(gradients, exact, strict=True)]
+        gradients.append(torch.autograd.grad(loss, (x, weight)))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours - theirs).norm() < 1e-4 * theirs.norm()
 
-    for ours, theirs in zip(errors(linear_cross_entropy.linear_cross_entropy), errors(plain), strict=True):
-        assert ours < 1.2 * theirs < 0.02
+
+def test_a_bfloat16_weight_s_gradient_is_summed_in_float32(monkeypatch):
+    x, weight, targets = example(512, 16, 50, seed=0)
+    exact = torch.autograd.grad(plain(x, weight, targets, "mean"), weight)[0]
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK", 50 * 8)
+    halves = [t.detach().bfloat16().requires_grad_() for t in (x, weight)]
+    found = torch.autograd.grad(linear_cross_entropy.linear_cross_entropy(*halves, targets), halves[1])[0]
+    assert found.dtype == torch.bfloat16
+    assert (found - exact).norm() < 0.01 * exact.norm()
+
+
+def test_what_it_cannot_do_is_refused():
+    x, weight, targets = example(8, 3, 5, seed=0)
+    with pytest.raises(AssertionError, match="no gradient"):
+        linear_cross_entropy.linear_cross_entropy(x, weight, targets, reduction="none")
+    targets[2] = -100  # not the one that is ignored
+    with pytest.raises((IndexError, RuntimeError)):
+        linear_cross_entropy.linear_cross_entropy(x, weight, targets)
 
 
 class Largest(TorchDispatchMode):
@@ -85,25 +105,42 @@ def test_a_model_with_chunked_loss_never_has_all_logits(monkeypatch):
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=100, block_size=64))
     idx = torch.randint(100, (4, 64))
     most, loss = {}, {}
-    for model.chunked_loss in (False, True):
+    for chunked, model.chunked_loss in ((False, None), (True, linear_cross_entropy.linear_cross_entropy)):
         with Largest() as largest:
-            _, loss[model.chunked_loss] = model(idx, idx)
-            loss[model.chunked_loss].backward()
-        most[model.chunked_loss] = largest.elements
+            _, loss[chunked] = model(idx, idx)
+            loss[chunked].backward()
+        most[chunked] = largest.elements
     torch.testing.assert_close(loss[True], loss[False])
     assert most[False] == 4 * 64 * 100
     assert most[True] <= 4 * 64 * 4 * 8  # the MLP's hidden units: 32 a token, not 100
 
 
-def test_a_run_with_chunked_loss_is_the_run_without(tiny, monkeypatch):
+@pytest.mark.parametrize("changes", [dict(), dict(objective="mlm", causal=False), dict(n_expert=4)], ids=str)
+def test_a_run_with_chunked_loss_is_the_run_without(tiny, monkeypatch, changes):
     monkeypatch.setattr(linear_cross_entropy, "CHUNK", 500)
-    results = [
-        train.train(tiny(out_dir=f"chunked-{chunked}", chunked_loss=chunked, max_iters=20)) for chunked in (True, False)
+    found = [
+        train.train(tiny(out_dir=f"{chunked}", chunked_loss=chunked, max_iters=20, device="cpu", **changes))["val_loss"]
+        for chunked in (True, False)
     ]
-    assert results[0]["val_loss"] == pytest.approx(results[1]["val_loss"], abs=1e-5)
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
 
 
-def test_chunks_are_for_a_cpu_that_does_not_compile(tiny):
-    assert train.Trainer(tiny()).model.chunked_loss
-    assert not train.Trainer(tiny(compile=True)).model.chunked_loss
-    assert not train.Trainer(tiny(chunked_loss=False)).model.chunked_loss
+def test_which_runs_have_a_chunked_loss(tiny):
+    def chosen(**changes):
+        return train.Trainer(tiny(device="cpu", **changes)).model.chunked_loss
+
+    assert chosen() is chosen(dtype="bfloat16") is linear_cross_entropy.linear_cross_entropy
+    assert chosen(compile=True) is chosen(dtype="float16") is chosen(chunked_loss=False) is None
+    with pytest.raises(ValueError, match="float16"):
+        chosen(chunked_loss=True, dtype="float16")
+
+
+def test_a_compiled_model_leaves_the_chunks_alone(tiny, monkeypatch):
+    compiled = torch.compile  # its code generator takes a minute and adds nothing here
+    monkeypatch.setattr(torch, "compile", lambda model: compiled(model, backend="aot_eager"))
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK", 500)
+    found = [
+        train.train(tiny(out_dir=f"{changes}", max_iters=3, device="cpu", **changes))["val_loss"]
+        for changes in (dict(chunked_loss=True, compile=True), dict(chunked_loss=False))
+    ]
+    assert found[0] == pytest.approx(found[1], abs=1e-5)

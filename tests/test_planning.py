@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import bench
 import hardware
@@ -24,13 +25,16 @@ def test_memory_of_the_124m_model_by_hand():
     assert need.activations == 12 * 1024 * (12 * (36 * 768 + 4 * 12 + 16) + 6 * 768 + 8)
     recomputed = planning.memory(GPTConfig(), batch_size=12, recompute=True)
     assert recomputed.activations == 12 * 1024 * (12 * 4 * 768 + 36 * 768 + 4 * 12 + 16 + 6 * 768 + 8)
+    chunked = planning.memory(GPTConfig(), batch_size=12, chunked_loss=True)
+    assert chunked.logits == 10 * 2**26 + 4 * 768 * 50_304 + 2 * 12 * 1024 * 768
     assert planning.memory(GPTConfig(), 12, pieces=8).states == 2 * 124_373_760 + 2 * (84_934_656 + 50_304 * 768)
 
 
 @pytest.mark.parametrize(
     "changes", [dict(), dict(wq_identity=True), dict(n_kv_head=2), dict(mlp_ratio=3.5, n_layer=5)], ids=str
 )
-def test_activations_are_what_autograd_keeps(changes):
+def test_activations_are_what_autograd_keeps(changes, monkeypatch):
+    monkeypatch.setattr("model.attend", F.scaled_dot_product_attention)  # as on a GPU
     config = GPTConfig(**{**dict(block_size=64, vocab_size=320, n_layer=3, n_head=4, n_embd=64), **changes})
     model = GPT(config)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

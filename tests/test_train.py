@@ -16,6 +16,7 @@ from conftest import TINY, write_dataset
 
 import checkpoint
 import data
+import parallel
 import runlog
 import train
 from model import GPT
@@ -451,6 +452,16 @@ def test_data_that_changed_is_told_on_resume(tiny, tmp_path, monkeypatch, capsys
     write_dataset(tmp_path / "data/tiny", seed=9)
     train.train(tiny(resume=True))
     assert "warning: the data" in capsys.readouterr().out
+
+
+def test_another_precision_on_resume_is_told(tiny, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        train.train(tiny(dtype="auto"))
+    monkeypatch.setattr(parallel, "choose_dtype", lambda *_: torch.bfloat16)  # as another machine would
+    train.train(tiny(dtype="auto", resume=True))
+    assert "the run was in float32 and goes on in bfloat16; --dtype=float32" in capsys.readouterr().out
+    assert [s["dtype"] for s in json.loads(Path("run/run.json").read_text())["segments"]] == ["float32", "bfloat16"]
 
 
 def test_resuming_where_nothing_is_begins_a_run(tiny, command):
