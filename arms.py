@@ -5,7 +5,6 @@ Run folders without a study are grouped by their configurations: runs that diffe
 """
 
 import dataclasses
-import itertools
 import os
 import re
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import runlog
+from cost import cost
 from study import identity, last_step, read_study, run_folder, state
 from train_config import TrainConfig
 
@@ -56,6 +56,7 @@ class Cell:
     arm: str
     point: dict  # grid field -> value; empty without a grid
     control: str  # the arm that it is compared with; a control names itself
+    as_configured: bool = False  # whether the point is the arm's own setting, which no loss had a part in choosing
     runs: dict = field(default_factory=dict)  # seed -> Run
 
     @property
@@ -95,6 +96,7 @@ class Results:
     cells: list  # of Cell; those without a finished run are left out
     unfinished: list  # (folder, why) of each run that does not count
     command: str | None = None  # that repeats the study
+    planned: list = field(default_factory=list)  # of Cell: those without a finished run, too
 
     @property
     def arms(self):
@@ -109,17 +111,18 @@ class Results:
     @cached_property
     def size_fields(self):
         """The grid's fields that change what a model or its training costs (n_embd, max_iters): no matter of tuning."""
-        fields = []
-        for name in self.grid:
-            others = [(c.arm, {k: v for k, v in c.point.items() if k != name}, c.example.cost) for c in self.cells]
-            if any(a[:2] == b[:2] and a[2] != b[2] for a, b in itertools.combinations(others, 2)):
-                fields.append(name)
-        return fields
+        config = self.cells[0].example.config
+        return [name for name, values in self.grid.items() if changes_cost(config, name, values)]
 
     @property
     def tuned_fields(self):
         """The grid's other fields, over which each arm may choose its best value."""
         return [name for name, values in self.grid.items() if name not in self.size_fields and len(values) > 1]
+
+    def rivals(self, cell, planned=False):
+        """The cells among which the best of a cell's arm and size is chosen; planned: unfinished ones, too."""
+        cells = self.planned if planned else self.cells
+        return [other for other in cells if other.arm == cell.arm and self.size(other) == self.size(cell)]
 
     def size(self, cell):
         """The part of a cell's point that is its size."""
@@ -146,6 +149,19 @@ class Results:
         ]
 
     @property
+    def configured_pairs(self):
+        """(an arm, its control), each as its own files set it, where a grid holds these points and a tuned field."""
+        cells = [cell for cell in self.cells if cell.as_configured and self.tuned_fields]
+        return [
+            (cell, other)
+            for cell in cells
+            for other in cells
+            if other.arm == cell.control != cell.arm
+            and self.size(other) == self.size(cell)
+            and are_comparable(cell, other)
+        ]
+
+    @property
     def point_pairs(self):
         """(cell, its control's cell at the same point) for each cell that can be compared with its control."""
         return [
@@ -158,38 +174,73 @@ class Results:
     def left_out_losses(self, cell):
         """seed -> the loss of this seed at the point that the other seeds choose, for the arm and size of a cell.
 
-        Unlike the losses at the best point, these had no part in its choice. Empty where there is nothing to choose, or
-        where the cells of the arm have not the same seeds.
+        Unlike the losses at the best point, these had no part in its choice. Of the seeds that all points have; empty
+        where there is nothing to choose, or less than two such seeds.
         """
-        cells = [other for other in self.cells if other.arm == cell.arm and self.size(other) == self.size(cell)]
-        if len(cells) < 2 or len(cell.runs) < 2 or any(other.runs.keys() != cell.runs.keys() for other in cells):
+        cells = self.rivals(cell)
+        seeds = common_seeds(cells)
+        if len(cells) < 2 or len(seeds) < 2:
             return {}
-        return {seed: lowest(cells, without=seed).losses[seed] for seed in cell.runs}
+        return {seed: lowest(cells, without=seed).losses[seed] for seed in seeds}
 
     def at_the_edge(self, cell):
-        """The tuned fields whose value in this cell is the least or the greatest tried; zero has nothing below it."""
-        numeric = [name for name in self.tuned_fields if all(map(is_number, self.grid[name]))]
-        return [
-            name
-            for name in numeric
-            if cell.point[name] == max(self.grid[name])
-            or (cell.point[name] == min(self.grid[name]) and cell.point[name] != 0)
-        ]
+        """The tuned fields whose value in this cell is the least or the greatest number tried; zero has none below."""
+        found = []
+        for name in self.tuned_fields:
+            numbers, value = list(filter(is_number, self.grid[name])), cell.point[name]
+            lower = value == min(numbers, default=None) and value != 0
+            if len(numbers) > 1 and is_number(value) and (lower or value == max(numbers)):
+                found.append(name)
+        return found
+
+
+def changes_cost(config, name, values):
+    """Whether a field's values make models or trainings of different cost from a configuration, a dict."""
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    costs = set()
+    for value in values:
+        try:
+            changed = TrainConfig(**{key: config[key] for key in known} | {name: value})
+        except ValueError:  # a shape that needs other fields to go with it
+            return True
+        counts = cost(changed.model_config())
+        costs.add((counts.total, counts.attn_mlp, changed.max_iters * changed.tokens_per_step))
+    return len(costs) > 1
+
+
+def common_seeds(cells):
+    """The seeds that all of some cells have finished, in order."""
+    return sorted(set.intersection(*(set(cell.runs) for cell in cells)))
 
 
 def lowest(cells, without=None):
-    """The cell with the lowest mean loss, among those with the most finished seeds; without: a seed that has no say."""
-    most = max(len(cell.runs) for cell in cells)
+    """The cell with the lowest mean loss over the seeds that all of them have; without: a seed that has no say.
 
-    def mean(cell):
-        return np.mean([loss for seed, loss in cell.losses.items() if seed != without])
-
-    return min((cell for cell in cells if len(cell.runs) == most), key=mean)
+    Where no seed is everywhere, among those with the most seeds.
+    """
+    seeds = set(common_seeds(cells)) - {without}
+    if not seeds:
+        most = max(len(cell.runs) for cell in cells)
+        cells = [cell for cell in cells if len(cell.runs) == most]
+    return min(cells, key=lambda cell: np.mean([cell.losses[seed] for seed in seeds or cell.runs]))
 
 
 def are_comparable(cell, control):
     """Whether two losses measure the same thing: filling in masked tokens is not foreseeing the next one."""
     return cell.example.config["objective"] == control.example.config["objective"]
+
+
+def unlike(cell, control):
+    """What beside their options is not alike in two cells whose losses are compared, as phrases."""
+    a, b = (each.example for each in (cell, control))
+    found = []
+    if a.summary["tokens"] != b.summary["tokens"]:
+        found.append(f"on {a.summary['tokens'] / b.summary['tokens']:.3g} × the tokens")
+    if a.config["block_size"] != b.config["block_size"]:
+        found.append(f"context {a.config['block_size']} against {b.config['block_size']}")
+    if a.facts["dtype"] != b.facts["dtype"]:
+        found.append(f"{a.facts['dtype']} against {b.facts['dtype']}")
+    return found
 
 
 def is_number(value):
@@ -218,7 +269,7 @@ def load(folders, control=None):
     if studies and len(folders) > 1:
         raise ValueError(f"{studies[0]} is a study: report on it alone, or name run folders ({studies[0]}/*/seed*)")
     results = _load_study(studies[0]) if studies else _load_runs(folders)
-    results.cells = [cell for cell in results.cells if cell.runs]
+    results.planned, results.cells = results.cells, [cell for cell in results.cells if cell.runs]
     if not results.cells:
         folder, why = results.unfinished[0]
         raise ValueError(f"none of the runs is finished, so there is nothing to report; {folder}: {why}")
@@ -246,7 +297,7 @@ def _load_study(folder):
     content = read_study(folder)
     results = Results(content["name"], content["grid"], [], [], content.get("command"))
     for entry in content["arms"]:
-        cell = Cell(entry["arm"], entry["point"], entry["control"])
+        cell = Cell(entry["arm"], entry["point"], entry["control"], entry.get("as_configured", False))
         results.cells.append(cell)
         for seed in content["seeds"]:
             path = run_folder(folder, entry["name"], seed)
@@ -299,6 +350,11 @@ def _add(cell, run):
         raise ValueError(
             f"{cell.example.folder} and {run.folder}, runs of {cell.label}, differ in {', '.join(names)} and should "
             "differ in the seed alone: repeat one of them"
+        )
+    if cell.runs and run.facts["dtype"] != cell.example.facts["dtype"]:
+        raise ValueError(
+            f"{cell.example.folder} is in {cell.example.facts['dtype']} and {run.folder} in {run.facts['dtype']}, "
+            f"which changes the loss of {cell.label} by more than chance: repeat one of them, with --dtype=…"
         )
     cell.runs[run.seed] = run
 

@@ -1,7 +1,7 @@
 """What losses of several seeds can tell: means with intervals, differences paired by seed, and a verdict in words.
 
 Two runs with one seed read the same data in the same order, and begin with the same weights where they have the same
-matrices in the same order, so that their difference varies less than either loss: everything here is about such pairs.
+matrices in the same order: everything here is about the differences of such pairs.
 Losses are in nats a token. Intervals and p-values are Student's t as scipy computes it, two-sided, which takes the
 differences of the seeds to be normal and independent.
 """
@@ -39,12 +39,14 @@ class Comparison:
 
     difference: Mean  # arm − control over the seeds that both have: below zero the arm is better
     p_holm: float | None  # difference.p, adjusted for the number of comparisons made together
-    seeds_needed: int | None  # to see a difference of DIFFERENCE with probability POWER
+    # To see a difference of DIFFERENCE with probability POWER: the number of seeds if their standard deviation is the
+    # true one, and if that is at the lower or upper end of its interval.
+    seeds_needed: tuple[int, int, int] | None
 
     @property
     def is_clear(self):
         """Whether the difference can be told from zero."""
-        return self.p_holm is not None and self.p_holm < 1 - CONFIDENCE
+        return self.p_holm is not None and self.p_holm < 1 - CONFIDENCE and self.difference.sd > 0
 
     @property
     def verdict(self):
@@ -61,9 +63,10 @@ class Comparison:
         text = f"not distinguishable with {d.n} seeds"
         if d.p < 1 - CONFIDENCE:
             text += " among so many comparisons"
-        if self.seeds_needed <= d.n:
+        needed, least, most = self.seeds_needed
+        if most <= d.n:
             return f"{text}, which would do for a difference of {DIFFERENCE:g}"
-        return f"{text}; about {self.seeds_needed:,} would be needed to see a difference of {DIFFERENCE:g}"
+        return f"{text}; about {needed:,} ({least:,} to {most:,}) would be needed to see a difference of {DIFFERENCE:g}"
 
 
 def summarise(values):
@@ -102,10 +105,25 @@ def compare(pairs):
     """A Comparison for each (losses, control) in pairs, dicts from seed to loss; together they are one family."""
     differences = [difference(losses, control) for losses, control in pairs]
     adjusted = holm([d.p for d in differences])
+    family = sum(p is not None for p in adjusted)
     return [
-        Comparison(d, p, None if d.sd is None else seeds_needed(d.sd))
+        Comparison(d, p, None if d.sd is None else seeds_range(d, (1 - CONFIDENCE) / family))
         for d, p in zip(differences, adjusted, strict=True)
     ]
+
+
+def slope(differences):
+    """The Mean over seeds of the slope of their differences against log2 of a size: what a doubling changes.
+
+    differences: size (a positive number) -> seed -> difference. The seeds are those of all sizes, of which there must
+    be two.
+    """
+    sizes = sorted(differences)
+    seeds = set.intersection(*(set(differences[size]) for size in sizes))
+    doublings = np.log2(sizes)
+    return summarise(
+        np.polyfit(doublings, [differences[size][seed] for size in sizes], deg=1)[0] for seed in sorted(seeds)
+    )
 
 
 def holm(p_values):
@@ -122,8 +140,8 @@ def holm(p_values):
     return adjusted
 
 
-def seeds_needed(sd, difference=DIFFERENCE):
-    """The least number of seeds with which a paired t-test at the level 5 % sees `difference` with probability POWER.
+def seeds_needed(sd, level=1 - CONFIDENCE, difference=DIFFERENCE):
+    """The least number of seeds with which a paired t-test at a level sees `difference` with probability POWER.
 
     sd: the standard deviation of the paired differences, taken for the true one. The search begins at the normal
     approximation, which is never too large, and goes by scipy's noncentral t-distribution.
@@ -131,7 +149,6 @@ def seeds_needed(sd, difference=DIFFERENCE):
     from scipy import stats
 
     effect = abs(difference) / sd if sd else math.inf
-    level = 1 - CONFIDENCE
     n = max(2, math.floor(((stats.norm.ppf(1 - level / 2) + stats.norm.ppf(POWER)) / effect) ** 2))
     while True:
         critical = stats.t.ppf(1 - level / 2, n - 1)
@@ -139,3 +156,12 @@ def seeds_needed(sd, difference=DIFFERENCE):
         if stats.nct.sf(critical, n - 1, noncentrality) >= POWER:
             return n
         n += 1
+
+
+def seeds_range(mean, level):
+    """seeds_needed for the standard deviation of a Mean, and for the ends of that one's interval (chi-squared)."""
+    from scipy import stats
+
+    tails = stats.chi2.ppf([(1 + CONFIDENCE) / 2, (1 - CONFIDENCE) / 2], mean.n - 1)
+    low, high = mean.sd * np.sqrt((mean.n - 1) / tails)
+    return tuple(seeds_needed(float(sd), level) for sd in (mean.sd, low, high))

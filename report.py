@@ -44,13 +44,17 @@ def draw(results, flops, folder):
     several = any(len(cell.runs) > 1 for cell in results.cells)
     bands = "Bands and bars are 95 % t-intervals over seeds." if several else "One seed: no intervals."
     best = ", each arm at its best point of the grid" if results.tuned_fields else ""
+    windows = " or ".join(str(n) for n in sorted({run.config["eval_windows"] for _, run in results.runs})) + " windows"
     wanted = {
-        "loss.png": (figures.curves, f"Loss during training{best}, and below the difference to the control. {bands}"),
+        "loss.png": (
+            figures.curves,
+            f"Loss during training{best}, and below the difference to the control. Validation is of "
+            f"{windows} there, and of all in the tables. {bands}",
+        ),
         "heat_map.png": (figures.heat_maps, "Mean validation loss over the grid; frames mark the best points."),
         "grid.png": (
             figures.lines,
-            "Validation loss over the grid and, below, the paired differences. What all arms of a seed share widens "
-            f"the bars above, and not those below. {bands}",
+            f"Validation loss over the grid (filled: an arm's best point) and, below, the paired differences. {bands}",
         ),
         "cost.png": (
             lambda results, path: figures.cost(results, flops, path),
@@ -87,13 +91,15 @@ def run_rows(results, flops):
 
 
 def comparison_rows(kind, pairs, comparisons):
-    """The rows of comparison.csv for (cell, control) pairs. kind: 'best' against best, or at the 'same point'."""
+    """The rows of comparison.csv for (cell, control) pairs. kind: how the pairs were chosen."""
+    needed = ("seeds_needed", "seeds_needed_least", "seeds_needed_most")
     return [
         {"compared": kind, "arm": cell.arm}
         | cell.point
         | {"control": control.label}
         | {name: value for name, value in dataclasses.asdict(found.difference).items() if name != "n"}
-        | {"p_holm": found.p_holm, "seeds": found.difference.n, "seeds_needed": found.seeds_needed}
+        | {"p_holm": found.p_holm, "seeds": found.difference.n}
+        | dict(zip(needed, found.seeds_needed or [None] * 3, strict=True))
         | {"verdict": found.verdict}
         for (cell, control), found in zip(pairs, comparisons, strict=True)
     ]
@@ -112,10 +118,10 @@ def write_csv(path, rows):
         writer.writerows(rows)
 
 
-def parts(results, comparisons, drawn):
+def parts(results, comparisons, headlines, drawn):
     """The parts of the report, in order."""
     content = [page.Heading(results.name, level=1)]
-    content += [page.Items(sections.verdicts(results, comparisons))] if len(results.arms) > 1 else []
+    content += [page.Items(headlines)] if len(results.arms) > 1 else []
     content += [page.Paragraph(text) for text in sections.setting(results)]
     content += [page.Heading("What was trained, and what it reached"), sections.table_2(results.best)]
     if note := sections.paper_note(results.best):
@@ -137,7 +143,7 @@ def parts(results, comparisons, drawn):
 
 
 def report(cfg):
-    """Write the report; (the folder that it is in, its table, its verdicts as sentences).
+    """Write the report; (the folder that it is in, its table, its headlines).
 
     Raises ValueError when there is nothing to report, or when the runs cannot be compared; see arms.load.
     """
@@ -149,24 +155,30 @@ def report(cfg):
     folder.mkdir(parents=True, exist_ok=True)
     flops = {run.folder: training_flops(run) for _, run in results.runs}
     comparisons = compare(results.best_pairs)
-    content = parts(results, comparisons, draw(results, flops, folder))
+    headlines = sections.headlines(results, comparisons)
+    content = parts(results, comparisons, headlines, draw(results, flops, folder))
     (folder / "report.md").write_text(page.markdown(content), encoding="utf-8")
     (folder / "report.html").write_text(page.web_page(content, results.name, folder), encoding="utf-8")
     write_csv(folder / "runs.csv", run_rows(results, flops))
     rows = comparison_rows("best", results.best_pairs, comparisons)
     if results.tuned_fields:
+        chosen_by_others = comparison.compare(
+            [tuple(map(results.left_out_losses, pair)) for pair in results.best_pairs]
+        )
+        rows += comparison_rows("points chosen by the other seeds", results.best_pairs, chosen_by_others)
+        rows += comparison_rows("as configured", results.configured_pairs, compare(results.configured_pairs))
         rows += comparison_rows("same point", results.point_pairs, compare(results.point_pairs))
     write_csv(folder / "comparison.csv", rows)
-    return folder, sections.table_2(results.best), sections.verdicts(results, comparisons)
+    return folder, sections.table_2(results.best), headlines
 
 
 def main(argv):
     """The command; see the module's docstring."""
-    folder, table, verdicts = report(configurator.parse(ReportConfig, argv, positional="runs"))
+    folder, table, headlines = report(configurator.parse(ReportConfig, argv, positional="runs"))
     print(table.markdown())
     print()
-    for verdict in verdicts:
-        print(f"- {verdict}")
+    for headline in headlines:
+        print(f"- {headline}")
     print(f"\n{folder}/report.md, {folder}/report.html")
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import comparison
 import page
-from arms import point_text, value_text
+from arms import common_seeds, is_number, point_text, unlike, value_text
 from model import GPTConfig
 from train_config import TrainConfig
 
@@ -50,9 +50,9 @@ def table_2(cells):
         "weight decay",
         "parameters",
         "attn + MLP",
-        "steps",
+        "tokens",
         "seeds",
-        "validation loss",
+        "validation loss (mean ± 95 %)" if any(len(cell.runs) > 1 for cell in cells) else "validation loss",
     ]
     rows = []
     for cell in cells:
@@ -66,7 +66,7 @@ def table_2(cells):
                 decays(config),
                 millions(parameters["total"]),
                 millions(parameters["attn_mlp"]),
-                f"{cell.example.summary['steps']:,}",
+                millions(cell.example.summary["tokens"]),
                 f"{len(cell.runs)}",
                 with_interval(comparison.summarise(cell.losses.values())),
             ]
@@ -118,10 +118,10 @@ def differences(pairs, comparisons):
     return page.Table(head, rows, words=("arm", "control", "verdict"))
 
 
-def verdicts(results, comparisons):
-    """A sentence for each arm, at its best point and each size: what its difference to the control says."""
+def verdicts(pairs, comparisons):
+    """A sentence for each (cell, control): what its difference to the control says, and what else is unlike in them."""
     sentences, family = [], sum(result.p_holm is not None for result in comparisons)
-    for (cell, control), result in zip(results.best_pairs, comparisons, strict=True):
+    for (cell, control), result in zip(pairs, comparisons, strict=True):
         d, reference = result.difference, at_its_point(control, cell)
         if d.low is None:
             seen = "" if d.mean is None else f" (difference {signed(d.mean)})"
@@ -131,16 +131,61 @@ def verdicts(results, comparisons):
             seen = f"95 % interval {signed(d.low)} to {signed(d.high)}, {p}, {d.n} seeds"
             seen = f" ({seen})" if result.is_clear else f" (difference {signed(d.mean)}, {seen})"
         if result.is_clear:
-            text = f"{cell.label} is {result.verdict} than {reference} by {abs(d.mean):.4f} nats a token{seen}."
+            text = f"{cell.label} is {result.verdict} than {reference} by {abs(d.mean):.4f} nats a token{seen}"
         else:
-            text = f"{cell.label} against {reference}: {result.verdict}{seen}."
-        sentences.append(text)
+            text = f"{cell.label} against {reference}: {result.verdict}{seen}"
+        if differs := unlike(cell, control):
+            text += f". Warning: the two are not alike: {', '.join(differs)}"
+        sentences.append(text + ".")
+    return sentences
+
+
+def headlines(results, comparisons):
+    """What the report begins with: the arms as they were set up, at the best point of each, and how that changes."""
+    pairs = results.configured_pairs
+    planned = verdicts(pairs, comparison.compare([(cell.losses, control.losses) for cell, control in pairs]))
+    sentences = [f"As the arms' own files set them: {text}" for text in planned]
+    found = verdicts(results.best_pairs, comparisons)
+    if results.tuned_fields:
+        found = [
+            f"Best of {len(results.rivals(cell))} points against best of {len(results.rivals(control))}, chosen by "
+            f"these losses: {text}"
+            for (cell, control), text in zip(results.best_pairs, found, strict=True)
+        ]
     compared = [cell for cell, _ in results.best_pairs]
     for cell in results.best:
         if cell.arm != cell.control and not any(cell is other for other in compared):
             known = any(other.arm == cell.control for other in results.best)
             why = "has another objective or no run of that size" if known else "has no finished run"
-            sentences.append(f"{cell.label} is not compared: its control {cell.control} {why}.")
+            found.append(f"{cell.label} is not compared: its control {cell.control} {why}.")
+    return sentences + found + trends(results)
+
+
+def trends(results):
+    """A sentence for each arm and size field: what a doubling does to the difference between best points."""
+    sentences = []
+    for name in results.size_fields:
+        groups = {}  # (arm, its control, the other sizes) -> size -> seed -> difference
+        for cell, control in results.best_pairs:
+            size = results.size(cell)
+            others = tuple(value for other, value in size.items() if other != name)
+            found = groups.setdefault((cell.arm, control.arm, *others), {})
+            found[size[name]] = {
+                seed: loss - control.losses[seed] for seed, loss in cell.losses.items() if seed in control.losses
+            }
+        for (arm, control, *others), by_size in groups.items():
+            if len(by_size) < 2 or not all(is_number(size) and size > 0 for size in by_size):
+                continue
+            change = comparison.slope(by_size)
+            if change.n < 2:
+                continue
+            verdict = "not distinguishable from none" if change.p >= 1 - comparison.CONFIDENCE else "a trend"
+            where = f" (with {', '.join(map(value_text, others))})" if others else ""
+            sentences.append(
+                f"{arm} − {control}{where} changes by {signed(change.mean)} a doubling of {name} (95 % interval "
+                f"{signed(change.low)} to {signed(change.high)}, p = {p_text(change.p)}, {change.n} seeds, "
+                f"{len(by_size)} sizes): {verdict}."
+            )
     return sentences
 
 
@@ -155,6 +200,13 @@ def reading_notes(pairs, comparisons):
     spreads = [f"{spread.sd:.4f} for {label}" for label, spread in spreads if spread.sd is not None]
     if spreads:
         notes.append(f"The noise floor, the standard deviation of a control's losses over seeds: {', '.join(spreads)}.")
+    paired = [
+        f"{result.difference.sd:.4f} for {cell.label}"
+        for (cell, _), result in zip(pairs, comparisons, strict=True)
+        if result.difference.sd is not None
+    ]
+    if paired:
+        notes.append(f"The standard deviation of the paired differences over seeds: {', '.join(paired)}.")
     if any(result.difference.n == 1 for result in comparisons):
         notes.append("One seed gives neither an interval nor a p-value: its difference may be chance.")
     family = sum(result.p_holm is not None for result in comparisons)
@@ -164,10 +216,11 @@ def reading_notes(pairs, comparisons):
             "alarm among them at 5 %; an interval is about its own arm alone."
         )
     if any(result.seeds_needed is not None and not result.is_clear for result in comparisons):
+        level = f" divided by the {family} comparisons" if family > 1 else ""
         notes.append(
-            "The number of seeds needed is that of a paired t-test at 5 % which finds a difference of "
+            f"The number of seeds needed is that of a paired t-test at 5 %{level} which finds a difference of "
             f"{comparison.DIFFERENCE:g} with probability {100 * comparison.POWER:.0f} %, if the differences go on to "
-            "vary as they do here: a rough number while it rests on few seeds."
+            "vary as they do here; in brackets, if they vary as little or as much as their interval (95 %) allows."
         )
     return notes
 
@@ -176,24 +229,32 @@ def tuning_notes(results):
     """Where each arm's best point is, whether that is the edge of the grid, and what choosing it did to the losses."""
     notes = []
     for cell in results.best:
-        text = f"{cell.arm} is best at {point_text(cell.point)}"
-        if edge := results.at_the_edge(cell):
+        text, tried, planned = (
+            f"{cell.arm} is best at {point_text(cell.point)}",
+            *(len(results.rivals(cell, planned)) for planned in (False, True)),
+        )
+        seeds = len(common_seeds(results.rivals(cell)))
+        if tried < planned:
+            text += f", of the {tried} of {planned} points that have a finished run: provisional"
+        elif edge := results.at_the_edge(cell):
             text += (
                 f". Warning: {' and '.join(edge)} {'is' if len(edge) == 1 else 'are'} at the edge of the grid there, "
                 "so that the optimum may lie outside: extend the grid"
             )
+        if seeds < max(len(other.runs) for other in results.rivals(cell)):
+            text += f". It was chosen by the {seeds} seeds that all points have" if seeds else ""
         notes.append(text + ".")
     notes.append(
         "Best against best is the fair comparison, but each best point was chosen by the very losses that are then "
-        "compared: they are a little too low, in each arm, and the p-values above do not know of the choice. Repeat "
-        "the best points with new seeds to be sure."
+        "compared: they are too low, in each arm, the more so the larger the grid, and the p-values do not know of the "
+        "choice. Repeat the best points with new seeds to be sure."
     )
     for cell, control in results.best_pairs:
         left_out = comparison.difference(results.left_out_losses(cell), results.left_out_losses(control))
         if left_out.n > 1:
             notes.append(
                 f"With the points for each seed chosen by the other seeds alone, {cell.arm} − {control.arm}"
-                f"{at_size(results, cell)} is {signed(left_out.mean)} (mean over {left_out.n} seeds)."
+                f"{at_size(results, cell)} is {with_interval(left_out, signed)} ({left_out.n} seeds)."
             )
     return notes
 
@@ -229,7 +290,7 @@ def every_point(results):
                 p_text(result.p_holm if result else None),
             ]
         )
-    head = ["arm", *results.grid, "seeds", "validation loss", "difference to the control there", "p (Holm)"]
+    head = ["arm", *results.grid, "seeds", "validation loss (± 95 %)", "difference there (± 95 %)", "p (Holm)"]
     return page.Table(head, rows, words=("arm",))
 
 
@@ -310,5 +371,7 @@ def with_interval(mean, text="{:.4f}".format):
 
 
 def p_text(p):
-    """A p-value with two digits; '–' for None."""
-    return "–" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}"
+    """A p-value with two digits, and more near 5 %; '–' for None."""
+    if p is None:
+        return "–"
+    return "< 0.0001" if p < 1e-4 else f"{p:.4f}" if 0.045 < p < 0.055 else f"{p:.2g}"

@@ -126,12 +126,53 @@ def test_zero_is_no_edge(tmp_path):
     assert results.at_the_edge(results.best[0]) == []
 
 
-def test_a_point_with_fewer_seeds_is_not_the_best(grid, tmp_path):
-    results = arms.load([grid])
-    cell = results.cells[0]
-    lucky = arms.Cell(cell.arm, cell.point, cell.control, {(1, 1): next(iter(cell.runs.values()))})
-    lucky.runs[1, 1].summary["val_loss"] = 0.0
-    assert arms.lowest([lucky, results.cells[1]]) is results.cells[1]
+def test_the_best_point_is_chosen_by_the_seeds_that_all_points_have(tmp_path):
+    """A seed is hard or easy at all points alike: that one point has it and another not must not decide."""
+    rates = [0.001, 0.002, 0.004]
+    study = write_study(
+        tmp_path / "s",
+        {"a": {}},
+        lambda arm, seed, learning_rate: 2 + {1: 0.0, 2: -0.5, 3: 0.5}[seed] + abs(learning_rate - 0.002),
+        {"learning_rate": rates},
+    )
+    for missing in ([], [(0.001, 3)], [(0.002, 2)], [(0.002, 2), (0.004, 2), (0.001, 3)]):
+        results = arms.load([study])
+        for rate, seed in missing:
+            del results.cells[rates.index(rate)].runs[seed, seed]
+        assert results.best[0].point == {"learning_rate": 0.002}
+        seeds = {1, 2, 3} - {seed for _, seed in missing}
+        left_out = results.left_out_losses(results.best[0])
+        assert {seed for seed, _ in left_out} == (seeds if len(seeds) > 1 else set())
+    for cell in results.cells:
+        del cell.runs[1, 1]
+    assert arms.lowest(results.cells) is results.cells[0]  # no seed is everywhere, and each has one: the lowest of all
+
+
+def test_two_precisions_are_not_one_arm(tmp_path):
+    folders = [write_run(tmp_path / f"a{seed}", seed, 2.0) for seed in (1, 2)]
+    path = folders[1] / "run.json"
+    path.write_text(path.read_text().replace("float32", "bfloat16"))
+    with pytest.raises(ValueError, match=r"a1 is in float32 and .*a2 in bfloat16"):
+        arms.load(folders)
+
+
+def test_a_size_is_one_before_its_second_value_is_finished(tmp_path):
+    study = write_study(tmp_path / "s", {"a": {}}, lambda arm, seed, n_embd: 2.0, {"n_embd": [16, 32]})
+    for path in study.glob("*=32/*/summary.json"):
+        path.unlink()
+    results = arms.load([study])
+    assert (results.size_fields, results.tuned_fields) == (["n_embd"], [])
+
+
+def test_the_edge_is_that_of_the_numbers(tmp_path):
+    study = write_study(
+        tmp_path / "s",
+        {"a": {}},
+        lambda arm, seed, weight_decay_attn: 2 + (1 if weight_decay_attn is None else weight_decay_attn),
+        {"weight_decay_attn": [None, 0.01, 0.1]},
+    )
+    results = arms.load([study])
+    assert results.at_the_edge(results.best[0]) == ["weight_decay_attn"]
 
 
 def test_the_choice_by_the_other_seeds_does_not_see_the_seed(tmp_path):

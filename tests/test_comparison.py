@@ -100,9 +100,35 @@ def test_verdicts_in_words():
     assert verdict(0.1) == "one seed cannot tell"
     assert verdict() == "no finished seed in common with the control"
     assert verdict(0.0, 0.0) == "the same in each of 2 seeds"
-    unclear = verdict(0.02, -0.01, 0.01)
-    needed = comparison.seeds_needed(np.std([0.02, -0.01, 0.01], ddof=1))
-    assert unclear == f"not distinguishable with 3 seeds; about {needed} would be needed to see a difference of 0.01"
-    assert verdict(0.001, -0.001, 0.001) == "not distinguishable with 3 seeds, which would do for a difference of 0.01"
+    assert verdict(0.25, 0.25) == "the same difference in each of 2 seeds"
+    d = [0.02, -0.01, 0.01]
+    sd = np.std(d, ddof=1)
+    ends = sd * np.sqrt(2 / stats.chi2.ppf([0.975, 0.025], 2))  # the interval of a standard deviation
+    needed, least, most = (comparison.seeds_needed(value) for value in (sd, *ends))
+    expected = f"about {needed} ({least} to {most}) would be needed to see a difference of 0.01"
+    assert verdict(*d) == f"not distinguishable with 3 seeds; {expected}"
+    assert verdict(1e-4, -1e-4, 1e-4) == "not distinguishable with 3 seeds, which would do for a difference of 0.01"
     assert verdict(0.02, 0.03, 0.025, family=1) == "worse"
     assert "among so many comparisons" in verdict(0.02, 0.03, 0.025, family=20)
+
+
+def test_many_comparisons_need_more_seeds():
+    control = {1: 2.0, 2: 2.0, 3: 2.0}
+    arm = {1: 2.02, 2: 1.99, 3: 2.01}
+    alone, *_ = comparison.compare([(arm, control)])
+    among, *_ = comparison.compare([(arm, control)] * 10)
+    assert among.seeds_needed[0] == comparison.seeds_needed(among.difference.sd, level=0.005) > alone.seeds_needed[0]
+
+
+def test_the_slope_is_that_of_the_differences_of_each_seed():
+    generator = np.random.default_rng(0)
+    by_size = {size: {seed: generator.normal() for seed in range(4)} for size in (100, 200, 800)}
+    by_size[800][9] = 5.0  # a seed that the others have not
+    slopes = [
+        stats.linregress(np.log2([100, 200, 800]), [by_size[size][seed] for size in (100, 200, 800)]).slope
+        for seed in range(4)
+    ]
+    found = comparison.slope(by_size)
+    assert found.n == 4
+    assert found.mean == pytest.approx(np.mean(slopes))
+    assert found.p == pytest.approx(stats.ttest_1samp(slopes, 0).pvalue)

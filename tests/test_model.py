@@ -235,7 +235,8 @@ def test_a_sequence_longer_than_the_block_is_refused():
 
 
 @pytest.mark.parametrize(
-    "T, training, computed", [(8, True, "float32"), (8, False, "bfloat16"), (1024, True, "float32"), (1025, True, "bfloat16")]
+    ("T", "training", "computed"),
+    [(8, True, "float32"), (8, False, "bfloat16"), (1024, True, "float32"), (1025, True, "bfloat16")],
 )
 def test_attention_on_a_cpu_is_in_float32_where_short_sequences_train(monkeypatch, T, training, computed):
     seen, function = [], F.scaled_dot_product_attention

@@ -12,6 +12,7 @@ from run_folders import write_run, write_study
 from scipy import stats
 
 import arms
+import comparison
 import figures
 import page
 import report
@@ -71,7 +72,7 @@ def test_the_numbers_are_those_of_the_run_folders(study):
     for row in arm_table:
         losses = summaries(study, row["arm"])
         reach = stats.t.ppf(0.975, 3) * losses.std(ddof=1) / 2
-        assert row["validation loss"] == f"{losses.mean():.4f} ± {reach:.4f}"
+        assert row["validation loss (mean ± 95 %)"] == f"{losses.mean():.4f} ± {reach:.4f}"
         assert row["seeds"] == "4"
     for row in difference_table:
         d = summaries(study, row["arm"]) - control
@@ -198,7 +199,7 @@ def test_only_what_there_is_is_drawn(grids, name, expected):
 
 
 def test_the_grid_is_reported_point_by_point_with_its_optima(grids, tmp_path):
-    folder, table, verdicts = report.report(report.ReportConfig(runs=(str(grids["one"]),), out_dir=str(tmp_path)))
+    folder, table, headlines = report.report(report.ReportConfig(runs=(str(grids["one"]),), out_dir=str(tmp_path)))
     text = (folder / "report.md").read_text()
     assert [row[0] for row in table.rows] == ["base (weight_decay 0)", "reduced (weight_decay 0.1)"]
     assert "base is best at weight_decay 0.\n" in text
@@ -206,11 +207,12 @@ def test_the_grid_is_reported_point_by_point_with_its_optima(grids, tmp_path):
     points = next(rows for rows in tables(text) if "weight_decay" in rows[0])
     assert len(points) == 6
     by_point = {(row["arm"], row["weight_decay"]): row for row in points}
-    assert by_point["reduced", "0"]["difference to the control there"] == "+0.1500 ± 0.0000"
-    assert by_point["base", "0"]["validation loss"].endswith("(best)")
-    assert len(verdicts) == 1
+    assert by_point["reduced", "0"]["difference there (± 95 %)"] == "+0.1500 ± 0.0000"
+    assert by_point["base", "0"]["validation loss (± 95 %)"].endswith("(best)")
+    assert len(headlines) == 1
+    assert headlines[0].startswith("Best of 3 points against best of 3, chosen by these losses: reduced")
     kinds = [row["compared"] for row in read_csv(folder / "comparison.csv")]
-    assert kinds == ["best"] + 3 * ["same point"]
+    assert kinds == ["best", "points chosen by the other seeds"] + 3 * ["same point"]
 
 
 def test_one_seed_gets_no_interval(grids):
@@ -303,6 +305,93 @@ def test_runs_made_in_several_ways_are_told(grids, tmp_path):
     assert any(text.startswith("Warning: not all runs have the same device") for text in sections.setting(results))
 
 
+def sentences(folder):
+    """The headlines, and the notes on tuning, of a study folder."""
+    results = arms.load([folder])
+    comparisons = report.compare(results.best_pairs)
+    return sections.headlines(results, comparisons), sections.tuning_notes(results)
+
+
+def test_a_study_that_is_half_done_says_so_and_has_no_edge(tmp_path):
+    rates = {"learning_rate": [0.001, 0.002, 0.004]}
+    folder = write_study(
+        tmp_path / "s", {"a": {}, "b": REDUCED}, lambda arm, seed, learning_rate: 3 - 100 * learning_rate, rates
+    )
+    for arm in "ab":
+        for path in folder.glob(f"{arm},learning_rate=0.004/*/summary.json"):
+            path.unlink()
+        Path(folder, f"{arm},learning_rate=0.001/seed3/summary.json").unlink()
+    _, notes = sentences(folder)
+    assert notes[0].startswith("a is best at learning_rate 0.002, of the 2 of 3 points that have a finished run")
+    assert "chosen by the 2 seeds that all points have" in notes[0]
+    assert not any("edge" in note for note in notes)
+
+
+def test_the_arms_own_settings_are_compared_beside_the_best(tmp_path):
+    generator = np.random.default_rng(0)
+    loss = {("a", 0.5): 2.3, ("a", 1.0): 2.2, ("b", 0.5): 2.4, ("b", 1.0): 2.1}
+    folder = write_study(
+        tmp_path / "s",
+        {"a": {}, "b": REDUCED},
+        lambda arm, seed, attn_scale: loss[arm, attn_scale] + generator.normal(0, 1e-3),
+        {"attn_scale": [0.5, 1.0]},
+    )
+    content = json.loads((folder / "study.json").read_text())
+    for entry in content["arms"]:
+        entry["as_configured"] = (entry["arm"], entry["point"]["attn_scale"]) in (("a", 1.0), ("b", 0.5))
+    (folder / "study.json").write_text(json.dumps(content))
+    (own, best), _ = sentences(folder)
+    assert own.startswith("As the arms' own files set them: b (attn_scale 0.5) is worse than a (attn_scale 1) by 0.1")
+    assert best.startswith("Best of 2 points against best of 2, chosen by these losses: b (attn_scale 1) is better")
+
+
+def test_a_difference_that_closes_with_size_is_told(tmp_path):
+    generator = np.random.default_rng(1)
+
+    def loss(arm, seed, max_iters):
+        gap = 0.1 - 0.02 * np.log2(max_iters / 10)
+        return 3 + seed / 10 + (gap if arm == "b" else 0) + generator.normal(0, 1e-3)
+
+    folder = write_study(tmp_path / "s", {"a": {}, "b": REDUCED}, loss, {"max_iters": [10, 20, 40]})
+    (*_, trend), _ = sentences(folder)
+    assert re.match(r"b − a changes by −0\.0(19|20)\d+ a doubling of max_iters .*3 seeds, 3 sizes\): a trend\.", trend)
+
+
+def test_what_is_not_alike_is_told_beside_the_verdict(tmp_path):
+    folders = [write_run(tmp_path / f"a{seed}", seed, 2 + seed / 10) for seed in (1, 2)]
+    folders += [write_run(tmp_path / f"b{seed}", seed, 1.9 + seed / 10, max_iters=80, block_size=8) for seed in (1, 2)]
+    results = arms.load(folders)
+    (verdict,) = sections.verdicts(results.best_pairs, report.compare(results.best_pairs))
+    assert verdict.endswith("Warning: the two are not alike: on 2 × the tokens, context 8 against 16.")
+    for run in results.cells[1].runs.values():
+        run.facts["dtype"] = "bfloat16"
+    (verdict,) = sections.verdicts(results.best_pairs, report.compare(results.best_pairs))
+    assert verdict.endswith("bfloat16 against float32.")
+
+
+def test_the_intervals_of_a_study_cover_its_difference_in_95_percent_of_trials(tmp_path):
+    folder = write_study(tmp_path / "s", {"a": {}, "b": REDUCED}, lambda arm, seed: 2.0, seeds=(1, 2, 3, 4))
+    results = arms.load([folder])
+    generator, covered = np.random.default_rng(5), 0
+    for _ in range(2000):
+        shared = generator.normal(2.0, 0.05, 5)
+        for cell in results.cells:
+            for run in cell.runs.values():
+                shift = 0.01 if cell.arm == "b" else 0.0
+                run.summary["val_loss"] = shared[run.config["seed"]] + shift + generator.normal(0, 0.004)
+        ((cell, control),) = results.best_pairs
+        found = comparison.difference(cell.losses, control.losses)
+        covered += found.low <= 0.01 <= found.high
+    assert 0.93 <= covered / 2000 <= 0.97
+
+
+@pytest.mark.parametrize(
+    ("p", "text"), [(None, "–"), (1e-5, "< 0.0001"), (0.04991, "0.0499"), (0.0503, "0.0503"), (0.234, "0.23")]
+)
+def test_a_p_value_near_the_level_has_more_digits(p, text):
+    assert sections.p_text(p) == text
+
+
 @pytest.fixture
 def runs(tiny):
     train.train(tiny(out_dir="a", **REDUCED))
@@ -323,7 +412,7 @@ def test_runs_of_the_trainer_are_reported(runs, command):
     for row, folder in zip(cells(table), runs, strict=True):
         summary = json.loads(Path(folder, "summary.json").read_text())
         assert row["validation loss"] == f"{summary['val_loss']:.4f}"
-        assert row["steps"] == "40"
+        assert row["tokens"] == "0.005M"
     a, b = cells(table)
     assert (a["trainable"], a["scale"], a["weight decay"]) == ("W_K W_V W_O", "0.5/√8", "0.03125")
     assert (b["trainable"], b["scale"], b["weight decay"]) == ("W_Q W_K W_V W_O", "1/√8", "0.1")
