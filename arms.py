@@ -56,7 +56,7 @@ class Cell:
     arm: str
     point: dict  # grid field -> value; empty without a grid
     control: str  # the arm that it is compared with; a control names itself
-    as_configured: bool = False  # whether the point is the arm's own setting, which no loss had a part in choosing
+    configured: dict = field(default_factory=dict)  # grid field -> the value that the arm's own files set
     runs: dict = field(default_factory=dict)  # seed -> Run
 
     @property
@@ -150,8 +150,13 @@ class Results:
 
     @property
     def configured_pairs(self):
-        """(an arm, its control), each as its own files set it, where a grid holds these points and a tuned field."""
-        cells = [cell for cell in self.cells if cell.as_configured and self.tuned_fields]
+        """(an arm, its control), each as its own files set the tuned fields, at each size: no loss had a part in it."""
+        tuned = self.tuned_fields
+        cells = [
+            cell
+            for cell in self.cells
+            if tuned and all(name in cell.configured and cell.configured[name] == cell.point[name] for name in tuned)
+        ]
         return [
             (cell, other)
             for cell in cells
@@ -297,7 +302,7 @@ def _load_study(folder):
     content = read_study(folder)
     results = Results(content["name"], content["grid"], [], [], content.get("command"))
     for entry in content["arms"]:
-        cell = Cell(entry["arm"], entry["point"], entry["control"], entry.get("as_configured", False))
+        cell = Cell(entry["arm"], entry["point"], entry["control"], entry.get("configured", {}))
         results.cells.append(cell)
         for seed in content["seeds"]:
             path = run_folder(folder, entry["name"], seed)

@@ -145,11 +145,12 @@ def plan(cfg, options):
         for arm, arguments in this.arms.items():
             name = ",".join([arm, *(f"{key}={as_text(value)}" for key, value in point.items())])
             arguments = [*sizes, *shlex.split(fill(arguments)), *shlex.split(fill(this.settings))]
+            own = size | configurator.read(TrainConfig, [*arguments, *options])
             for key, value in point.items():
                 arguments += [f"--{key}={as_text(value)}", *brings[key, value]]
             arguments += options
-            control = this.control[arm]
-            entries.append({"name": name, "arm": arm, "control": control, "point": point, "arguments": arguments})
+            entry = {"name": name, "arm": arm, "control": this.control[arm], "point": point, "arguments": arguments}
+            entries.append(entry | {"configured": {key: own[key] for key in point}})
 
     folder = study_folder(cfg)
     seeds = this.seeds if cfg.seeds is None else cfg.seeds

@@ -338,7 +338,7 @@ def test_the_arms_own_settings_are_compared_beside_the_best(tmp_path):
     )
     content = json.loads((folder / "study.json").read_text())
     for entry in content["arms"]:
-        entry["as_configured"] = (entry["arm"], entry["point"]["attn_scale"]) in (("a", 1.0), ("b", 0.5))
+        entry["configured"] = {"attn_scale": {"a": 1.0, "b": 0.5}[entry["arm"]]}
     (folder / "study.json").write_text(json.dumps(content))
     (own, best), _ = sentences(folder)
     assert own.startswith("As the arms' own files set them: b (attn_scale 0.5) is worse than a (attn_scale 1) by 0.1")

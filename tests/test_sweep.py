@@ -275,6 +275,9 @@ def test_the_arms_of_a_seed_come_before_the_next_seed_and_pairs_side_by_side(fil
         assert run.config.out_dir == str(run.folder) == f"out/my_study-tiny/{run.name}/seed{run.seed}"
     assert content["grid"] == {"weight_decay": [0.0, 2**-5], "attn_scale": [0.5, 1.0]}
     assert content["name"] == "my_study-tiny"
+    for entry in content["arms"]:  # what the arm's own arguments set, be it in the grid or not
+        own = {"baseline": (0.1, 1.0), "reduced": (0.1, 0.5)}[entry["arm"]]
+        assert entry["configured"] == dict(zip(("weight_decay", "attn_scale"), own, strict=True))
 
 
 def test_braces_stand_for_the_size_and_values_bring_arguments_along(files):
