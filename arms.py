@@ -15,7 +15,7 @@ import numpy as np
 
 import runlog
 from cost import cost
-from study import identity, last_step, read_study, run_folder, state
+from study import has_diverged, identity, last_step, read_study, run_folder, state
 from train_config import TrainConfig
 
 
@@ -334,8 +334,9 @@ def _load_runs(folders):
         results.cells.append(cell)
         for run in group:
             if run.summary is None:
-                why = f"not finished, step {last_step(run.folder):,} of {run.config['max_iters']:,}"
-                results.unfinished.append((run.folder, why))
+                why = "diverged" if has_diverged(run.folder) else "not finished"
+                where = f"step {last_step(run.folder):,} of {run.config['max_iters']:,}"
+                results.unfinished.append((run.folder, f"{why}, {where}"))
             else:
                 _add(cell, run)
     return results

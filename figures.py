@@ -1,20 +1,20 @@
 """The figures of a report: each function draws one PNG, as far as the results support it.
 
-Bands and bars are 95 % t-intervals over seeds. Colours are Okabe and Ito's and viridis, which colour-blind readers can
-tell apart; line styles and markers change where colours repeat.
+Bands and bars are 95 % t-intervals over seeds. How things are drawn is in drawing.py.
 """
 
 import math
+import os
+import re
+from collections import Counter
 
 import numpy as np
 
 import comparison
-from arms import are_comparable, is_number, point_text, value_text
+import drawing
+from arms import are_comparable, point_text, value_text
 
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-LINES = ["-", "--", "-.", ":"]
-MARKERS = "os^D"
-WIDTH = 8  # inches, of 150 dots each: what a README shows
+FAR = 0.1  # of the best loss: what is no further from it is in view
 LOSS = "validation loss (nats a token)"
 DIAGNOSTICS = {  # metrics of the records of kind "diagnostics" (diagnostics.py), and what their axes say
     "attn_logit_max": "largest |logit|",
@@ -33,8 +33,8 @@ def curves(results, path):
     """Loss against training tokens, of each arm at its best point, with the relative difference to the control below.
 
     A pair of panels for each control and size: above, validation loss (thick) and training loss (thin); below, the
-    validation loss of an arm divided by its control's, less one, paired by seed. Writes nothing and returns False where
-    no arm was evaluated more than once.
+    validation loss of an arm divided by its control's, less one, paired by seed, on one scale for all where that shows
+    them. Writes nothing and returns False where no arm was evaluated more than once.
     """
     groups = {}
     for cell in results.best:
@@ -42,71 +42,134 @@ def curves(results, path):
             groups.setdefault((cell.control, *results.size(cell).values()), []).append(cell)
     if not groups:
         return False
-    columns = min(2, len(groups))
-    rows = math.ceil(len(groups) / columns)
-    height = 4.4 * rows if len(groups) > 1 else 6.2 if results.best_pairs else 4.5
-    figure = _new_figure(WIDTH if columns == 1 else 11, height)
-    for part, cells in zip(figure.subfigures(rows, columns, squeeze=False).flat, groups.values(), strict=False):
+    columns = 2 if len(groups) == 4 else min(3, len(groups))
+    rows, deep = math.ceil(len(groups) / columns), 1 + bool(results.best_pairs)
+    height = 6.2 if columns == 1 else 4.2 if rows == 1 else 3.6 if columns == 2 else 2.6  # of a row with differences
+    height = rows * height * (1 if deep == 2 else 0.7) + 0.5 * (columns > 1)
+    figure = drawing.new_figure(drawing.WIDTH if columns == 1 else drawing.WIDEST, height)
+    panels = figure.subplots(rows * deep, columns, squeeze=False, height_ratios=rows * [2.2, 1][:deep])
+    panels = panels.reshape(rows, deep, columns).swapaxes(1, 2).reshape(-1, deep)
+    most = max(cell.example.summary["tokens"] for cells in groups.values() for cell in cells)
+    unit, unit_name = (1e9, "billions") if most >= 2e9 else (1e6, "millions")
+    compared = {}  # control -> (lower panel, the furthest that a mean is from zero, low, high) of each size
+    for i, cells in enumerate(groups.values()):
+        upper, *lower = panels[i]
         pairs = [(cell, control) for cell, control in results.best_pairs if cell in cells and control in cells]
-        if len(groups) > 1 and results.size_fields:
-            part.suptitle(point_text(results.size(cells[0])), fontsize=10.5)
         labels = {cell.arm: point_text({name: cell.point[name] for name in results.tuned_fields}) for cell in cells}
         labels = {arm: f"{arm} ({text})" if text else arm for arm, text in labels.items()}
-        _curves_of_group(part, cells, pairs, labels)
-    figure.suptitle("Validation loss (thick) and training loss (thin)", fontsize=11)
-    return _save(figure, path)
+        style = drawing.styles([cell.arm for cell in cells])
+        _losses(upper, cells, labels, style, unit)
+        if len(groups) > 1 and results.size_fields:
+            upper.set_title(point_text(results.size(cells[0])), fontsize=10)
+        if i % columns == 0:
+            upper.set_ylabel("loss (nats a token)")
+        if pairs:
+            lower[0].sharex(upper)
+            upper.tick_params(labelbottom=False)
+            found = lower[0], *_differences(lower[0], pairs, style, unit)
+            compared.setdefault(pairs[0][1].arm, []).append(found)
+            if i % columns == 0:
+                control = f"to\n{pairs[0][1].arm} " if columns == 1 else "\n"
+                lower[0].set_ylabel(f"difference {control}(%)", fontsize=8.5)
+        elif lower:
+            lower[0].remove()
+        for panel in panels[i] if columns == 3 else ():
+            panel.tick_params(labelsize=drawing.SMALL)
+    for panel in panels[len(groups) :].flat:
+        panel.remove()
+    _scale_differences(compared)
+    figure.align_ylabels()
+    figure.supxlabel(f"training tokens ({unit_name})", fontsize=10)
+    below = "; below, the difference to the control" if compared and columns > 1 else ""
+    figure.suptitle(f"Validation loss (thick) and training loss (thin){below}", fontsize=11)
+    return drawing.save(figure, path)
 
 
-def _curves_of_group(figure, cells, pairs, labels):
-    style = _styles([cell.arm for cell in cells])
-    seen = max(cell.example.summary["tokens"] for cell in cells)
-    unit, unit_name = (1e9, "billions") if seen >= 2e9 else (1e6, "millions")
-    panels = figure.subplots(1 + bool(pairs), 1, sharex=True, squeeze=False, height_ratios=[2.2, 1][: 1 + bool(pairs)])
-    upper, lower = panels[0, 0], panels[-1, 0]
+def _losses(panel, cells, labels, style, unit):
+    """Draw the training and validation losses of cells, against tokens in a unit."""
     lowest, highest = math.inf, -math.inf
     for cell in cells:
         look = {name: style[cell.arm][name] for name in ("color", "linestyle")}
         tokens_per_step = cell.example.config["tokens_per_step"] / unit
-        steps, losses = _thinned(*cell.curve("train", "loss"))
+        steps, losses = drawing.thinned(*cell.curve("train", "loss"))
         if len(steps):
             faint = dict(linewidth=0.8, alpha=0.5 if len(cells) <= 4 else 0.25, zorder=1)
-            upper.plot(steps * tokens_per_step, losses.mean(axis=0), **faint, **look)
+            panel.plot(steps * tokens_per_step, losses.mean(axis=0), **faint, **look)
             lowest = min(lowest, losses.mean(axis=0).min())
         steps, losses = cell.curve("eval", "val_loss")
-        mean = _line_with_band(upper, steps * tokens_per_step, losses, linewidth=2, label=labels[cell.arm], **look)
-        lowest = min(lowest, mean.min())
-        highest = max(
-            highest, mean[np.searchsorted(steps, steps[-1] / 10) :].max()
-        )  # what comes before would flatten it
+        x = steps * tokens_per_step
+        mean, low, high = drawing.line_with_band(panel, x, losses, linewidth=2, label=labels[cell.arm], **look)
+        # The first losses would flatten what comes later. But a line must not begin late, nor miss one of few points.
+        begin = np.interp(x[-1] / 4 if len(x) > 3 else 0, x, mean)
+        lowest = min(lowest, mean.min(), low[-1])
+        highest = max(highest, mean[np.searchsorted(x, x[-1] / 10) :].max(), high[-1], begin)
     margin = 0.05 * (highest - lowest) or 0.1
-    upper.set_ylim(lowest - margin, highest + margin)
-    upper.set_ylabel("loss (nats a token)")
-    upper.legend(frameon=False, fontsize=9, loc="upper right", ncols=1 + (len(cells) > 6))
-    reach = 0.0
+    panel.set_ylim(lowest - margin, highest + margin)
+    small = panel.get_gridspec().ncols == 3
+    look = dict(fontsize=drawing.SMALL, handlelength=1.2, labelspacing=0.3) if small else dict(fontsize=9)
+    panel.legend(loc="best" if small else "upper right", edgecolor="none", ncols=1 + (len(cells) > 6), **look)
+
+
+def _differences(panel, pairs, style, unit):
+    """Draw relative differences in per cent; (the furthest that a mean is from zero, low, high), with zero in between.
+
+    Between low and high are all means and the last interval of each; an earlier one may be cut.
+    """
+    low = high = furthest = 0.0
+    ends = []
     for cell, control in pairs:
         look = {name: style[cell.arm][name] for name in ("color", "linestyle")}
-        steps, relative = relative_difference(cell, control)
-        if len(steps):
-            tokens = steps * cell.example.config["tokens_per_step"] / unit
-            reach = max(reach, 3 * abs(_line_with_band(lower, tokens, 100 * relative, **look)).max())
-    if pairs:
-        low, high = lower.get_ylim()
-        if reach:  # a band of two seeds may be ten times as wide
-            lower.set_ylim(max(low, -reach), min(high, reach))
-        lower.axhline(0, color="black", linewidth=0.8)
-        lower.set_ylabel(f"difference to\n{pairs[0][1].arm} (%)", fontsize=8.5)
-        figure.align_ylabels()
-    lower.set_xlabel(f"training tokens ({unit_name})")
+        tokens, relative = relative_difference(cell, control)
+        if len(tokens):
+            mean, least, most = drawing.line_with_band(panel, tokens / unit, 100 * relative, **look)
+            furthest = max(furthest, abs(mean).max())
+            low, high = min(low, least.min()), max(high, most.max())
+            ends += [least[-1], most[-1]]
+    reach = 3 * furthest  # a band of two seeds may be ten times as wide
+    return furthest, min(max(low, -reach), *ends, 0), max(min(high, reach), *ends, 0)
+
+
+def _scale_differences(compared):
+    """Give the panels of differences one scale, with zero, so that a gap that closes with size is seen to close.
+
+    compared: control -> (panel, the furthest that a mean is from zero, low, high) of each size. Two keep a scale of
+    their own, and say so: a panel whose last interval is ten times as wide as what its control's means show, such as
+    that of two seeds, and a control whose differences are far from those of the others.
+    """
+    alone, together = [], []  # (panels, low, high)
+    for sizes in compared.values():
+        reach = 10 * max(furthest for _, furthest, _, _ in sizes)
+        alone += [([panel], low, high) for panel, _, low, high in sizes if max(-low, high) > reach]
+        if fits := [(panel, low, high) for panel, _, low, high in sizes if max(-low, high) <= reach]:
+            panels, lows, highs = zip(*fits, strict=True)
+            together.append((panels, min(lows), max(highs)))
+    if together:
+        far = drawing.far_off([high - low for _, low, high in together])
+        alone += [each for each, is_far in zip(together, far, strict=True) if is_far]
+        together = [each for each, is_far in zip(together, far, strict=True) if not is_far]
+        panels, lows, highs = zip(*together, strict=True)
+        together = [(sum(panels, ()), min(lows), max(highs))]
+    for panels, low, high in alone + together:
+        margin = 0.05 * (high - low) or 1
+        for panel in panels:
+            panel.set_ylim(low - margin, high + margin)
+            panel.axhline(0, color="black", linewidth=0.8)
+    for panel in (panel for panels, _, _ in alone for panel in panels if len(alone + together) > 1):
+        panel.text(0.02, 0.97, "own scale", transform=panel.transAxes, va="top", fontsize=drawing.SMALL, color="0.4")
 
 
 def relative_difference(cell, control):
-    """(steps, validation loss / the control's − 1), (seeds, steps), of the seeds and steps that both have."""
+    """(tokens, validation loss / the control's − 1), (seeds, n): of the seeds that both have, after as many tokens."""
     seeds = [seed for seed in cell.runs if seed in control.runs]
     if not seeds:
         return np.array([]), np.array([])
-    (steps, a), (control_steps, b) = (c.curve("eval", "val_loss", seeds) for c in (cell, control))
-    common = np.intersect1d(steps, control_steps)
-    return common, a[:, np.isin(steps, common)] / b[:, np.isin(control_steps, common)] - 1
+    both = (cell, control)
+    (a_steps, a), (b_steps, b) = (each.curve("eval", "val_loss", seeds) for each in both)
+    a_tokens, b_tokens = (
+        steps * each.example.config["tokens_per_step"] for steps, each in zip((a_steps, b_steps), both, strict=True)
+    )
+    common = np.intersect1d(a_tokens, b_tokens)
+    return common, a[:, np.isin(a_tokens, common)] / b[:, np.isin(b_tokens, common)] - 1
 
 
 def heat_maps(results, path):
@@ -117,18 +180,18 @@ def heat_maps(results, path):
     fields = [name for name, values in results.grid.items() if len(values) > 1]
     if len(fields) != 2:
         return False
-    rows, columns = (_in_order(results.grid[name]) for name in fields)
+    rows, columns = (drawing.in_order(results.grid[name]) for name in fields)
     tables = {arm: np.full((len(rows), len(columns)), math.nan) for arm in results.arms}
     places = [(c, rows.index(c.point[fields[0]]), columns.index(c.point[fields[1]])) for c in results.cells]
     for cell, i, j in places:
         tables[cell.arm][i, j] = np.mean(list(cell.losses.values()))
     losses = np.array([tables[cell.arm][i, j] for cell, i, j in places])
     # A learning rate that diverges must not hide the differences elsewhere.
-    low, cut = losses.min(), losses.min() + 4 * (np.median(losses) - losses.min())
+    low, cut = losses.min(), losses.min() + drawing.SPREAD * (np.median(losses) - losses.min())
     high = min(losses.max(), cut) if cut > low else losses.max()
     across = min(len(tables), 3 if len(columns) < 5 else 2)
     down = math.ceil(len(tables) / across)
-    figure = _new_figure(1.5 + across * (0.8 + 0.62 * len(columns)), down * (1.1 + 0.42 * len(rows)))
+    figure = drawing.new_figure(1.5 + across * (0.8 + 0.62 * len(columns)), down * (1.1 + 0.42 * len(rows)))
     panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     for panel, arm in zip(panels.flat, tables, strict=False):
         look = dict(cmap="viridis_r", vmin=low, vmax=high, aspect="auto", origin="lower")
@@ -146,13 +209,13 @@ def heat_maps(results, path):
         panel.text(j, i, f"{loss:.3f}", ha="center", va="center", fontsize=8.5, color=colour, fontweight=weight)
         if is_best:
             corners = [j - 0.46, j + 0.46, j + 0.46, j - 0.46], [i - 0.46, i - 0.46, i + 0.46, i + 0.46]
-            panel.fill(*corners, fill=False, edgecolor=COLOURS[1], linewidth=2.5)
+            panel.fill(*corners, fill=False, edgecolor=drawing.COLOURS[1], linewidth=2.5)
     for panel in panels.flat[len(tables) :]:
         panel.remove()
     figure.colorbar(image, ax=panels, label=LOSS, extend="max" if high < losses.max() else "neither")
     for panel in panels.flat[: len(tables)]:
         panel.label_outer()
-    return _save(figure, path)
+    return drawing.save(figure, path)
 
 
 def lines(results, path):
@@ -165,42 +228,45 @@ def lines(results, path):
     if len(fields) != 1:
         return False
     (name,) = fields
-    values = _in_order(results.grid[name])
-    places, is_log = _places(values)
-    style, pairs = _styles(results.arms), results.point_pairs
-    figure = _new_figure(WIDTH, 6.2 if pairs else 4.5)
+    values = drawing.in_order(results.grid[name])
+    places, is_log = drawing.places(values)
+    pairs, style = results.point_pairs, drawing.styles(results.arms)
+    figure = drawing.new_figure(drawing.WIDTH, 6.2 if pairs else 4.5)
     panels = figure.subplots(1 + bool(pairs), 1, sharex=True, squeeze=False, height_ratios=[1.7, 1][: 1 + bool(pairs)])
     upper, lower = panels[0, 0], panels[-1, 0]
 
-    def draw(panel, arm, means):  # means: value of the field -> Mean
-        known = [value for value in values if value in means]
-        x = [
-            _beside(places, is_log, results.arms.index(arm), len(results.arms))[values.index(value)] for value in known
-        ]
-        bars = [means[value].half_width or 0 for value in known]
-        look = dict(style[arm], capsize=3, markersize=6, markerfacecolor="white")
-        panel.errorbar(x, [means[value].mean for value in known], bars, label=arm, **look)
+    def draw(panel, arm, means, text):  # means: value of the field -> Mean; what drawing.fit needs to know of them
+        beside = drawing.beside(places, is_log, results.arms.index(arm), len(results.arms))
+        known = {value: x for value, x in zip(values, beside, strict=True) if value in means}
+        look = dict(style[arm], markerfacecolor="white")
+        drawing.points(panel, list(known.values()), [means[value] for value in known], label=arm, **look)
         for cell in results.best if panel is upper and results.tuned_fields else ():
             if cell.arm == arm:
-                best, look = cell.point[name], dict(style[arm], markersize=8, zorder=5)
-                panel.plot(x[known.index(best)], means[best].mean, **look)
+                best = cell.point[name]
+                panel.plot(known[best], means[best].mean, **dict(style[arm], markersize=8, zorder=5))
+        return [(x, means[value], style[arm]["color"], text(means[value].mean)) for value, x in known.items()]
 
+    losses, differences = [], []
     for arm in results.arms:
-        cells = [cell for cell in results.cells if cell.arm == arm]
-        draw(upper, arm, {cell.point[name]: comparison.summarise(cell.losses.values()) for cell in cells})
+        means = {c.point[name]: comparison.summarise(c.losses.values()) for c in results.cells if c.arm == arm}
+        losses += draw(upper, arm, means, "{:.2f}".format)
         found = {a.point[name]: comparison.difference(a.losses, b.losses) for a, b in pairs if a.arm == arm}
         if found := {value: difference for value, difference in found.items() if difference.n}:
-            draw(lower, arm, found)
+            differences += draw(lower, arm, found, lambda value: f"{value:+.2f}".replace("-", "−"))
     if is_log:
-        _log_axis(upper.xaxis)
+        drawing.log_axis(upper.xaxis)
     lower.set_xticks(places, map(value_text, values))
     lower.set_xlabel(name)
+    least = FAR * min(mean.mean for _, mean, *_ in losses)
+    upper.set_ylim(drawing.fit(upper, losses, least))
     upper.set_ylabel(LOSS)
     upper.legend(frameon=False, fontsize=9, ncols=1 + (len(results.arms) > 6))
     if pairs:
+        if differences:
+            lower.set_ylim(drawing.fit(lower, differences, least, around_zero=True))
         lower.axhline(0, color="black", linewidth=0.8)
-        lower.set_ylabel("difference to the control\nat the same value (nats)")
-    return _save(figure, path)
+        lower.set_ylabel("difference to the control\nat the same value (nats a token)", fontsize=9)
+    return drawing.save(figure, path)
 
 
 def cost(results, training_flops, path):
@@ -221,31 +287,69 @@ def cost(results, training_flops, path):
     if not costs or len(best) < 3:
         return False
     arms = list(dict.fromkeys(cell.arm for cell in best))
-    figure = _new_figure(WIDTH, 4.4 + 0.2 * math.ceil(len(arms) / 3))
+    pairs = [pair for pair in results.best_pairs if all(any(cell is other for other in best) for cell in pair)]
+    named = len(arms) > 6  # more than a legend can tell apart: then the pairs have names, and colours, of their own
+    names = _pair_names(arms, pairs)
+    style = drawing.styles(dict.fromkeys(names.values()) if named else arms)
+    style = {arm: dict(style[names[arm] if named else arm]) for arm in arms}
+    if named:
+        for cell, _ in pairs:
+            style[cell.arm]["markerfacecolor"] = "white"
+    figure = drawing.new_figure(drawing.WIDTH, 5.4 if named else 4.6)
     panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
-    style = _styles(arms)
+    means = {id(cell): comparison.summarise(cell.losses.values()) for cell in best}
+    limits = []
     for panel, (label, of) in zip(panels, costs.items(), strict=True):
         places = sorted(set(map(of, best)))
-        is_log = places[-1] > 4 * places[0]
-        spots = [(of(cell), comparison.summarise(cell.losses.values())) for cell in best]
         for arm in arms:
-            own = sorted((x, i) for i, (x, _) in enumerate(spots) if best[i].arm == arm)
-            own = [(x, spots[i][1]) for x, i in own]
-            bars = [mean.half_width or 0 for _, mean in own]
-            look = dict(style[arm], capsize=3, markersize=6, alpha=0.8, label=arm)
-            if not results.size_fields:
-                look["linestyle"] = "none"
-            panel.errorbar([x for x, _ in own], [mean.mean for _, mean in own], bars, **look)
-        for pair in results.best_pairs:
-            ends = [spots[i] for cell in pair for i, other in enumerate(best) if other is cell]
-            panel.plot([x for x, _ in ends], [mean.mean for _, mean in ends], color="0.6", linewidth=0.8, zorder=1)
-        if is_log:
-            _log_axis(panel.xaxis)
+            own = sorted((cell for cell in best if cell.arm == arm), key=of)
+            look = dict(style[arm], label=arm) | ({} if results.size_fields else {"linestyle": "none"})
+            drawing.points(panel, list(map(of, own)), [means[id(cell)] for cell in own], **look)
+        for pair in pairs:
+            panel.plot([of(c) for c in pair], [means[id(c)].mean for c in pair], color="0.6", linewidth=0.8, zorder=1)
+        if places[-1] > 3 * places[0]:
+            drawing.log_axis(panel.xaxis)
+            if results.size_fields:
+                ticks = drawing.apart(map(of, apart))
+                panel.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
         panel.set_xlabel(label)
+        spots = [
+            (of(c), means[id(c)], style[c.arm]["color"], f"{c.arm} " * named + f"{means[id(c)].mean:.2f}") for c in best
+        ]
+        limits.append(drawing.fit(panel, spots, FAR * min(mean.mean for mean in means.values())))
+    low, high = min(low for low, _ in limits), max(high for _, high in limits)
+    panels[0].set_ylim(low, high)
     panels[0].set_ylabel(LOSS)
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(3, len(names)), frameon=False, fontsize=9)
-    return _save(figure, path)
+    handles, labels = panels[0].get_legend_handles_labels()
+    if named:
+        look = dict(color="0.4", marker="o", linestyle="none")
+        handles = [panels[0].plot([], [], markerfacecolor=face, **look)[0] for face in ("0.4", "white")]
+        labels = ["control", "compared with it"]
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=9)
+    for panel, of in zip(panels, costs.values(), strict=True) if named else ():
+        groups = {}
+        for cell in best:
+            if means[id(cell)].mean < high:
+                spot = of(cell), means[id(cell)].mean
+                groups.setdefault((names[cell.arm], style[cell.arm]["color"]), []).append(spot)
+        drawing.name_groups(panel, [(name, group, colour) for (name, colour), group in groups.items()])
+    return drawing.save(figure, path)
+
+
+def _pair_names(arms, pairs):
+    """arm -> the name of its pair: what both names begin with (rope of rope-baseline and rope-reduced), or the arm's.
+
+    A control of several arms has its own name.
+    """
+    names, compared = {arm: arm for arm in arms}, {}
+    for cell, control in pairs:
+        compared.setdefault(control.arm, {})[cell.arm] = None
+        same = os.path.commonprefix([cell.arm, control.arm])  # noqa: RUF071 (of names, not of paths)
+        if words := re.match(r"(.+)[-_.+]", same):
+            names[cell.arm] = words[1]
+    counts = Counter(names.values())
+    names = {arm: name if counts[name] == 1 else arm for arm, name in names.items()}
+    return names | {control: names[arm] for control, (arm, *others) in compared.items() if not others}
 
 
 def diagnostics(cell, control, path):
@@ -263,7 +367,7 @@ def diagnostics(cell, control, path):
             rows[name] = [(steps, values.mean(axis=0)) for steps, values in found]
     if not all(any(np.isfinite(row[side][1]).any() for row in rows.values()) for side in (0, 1)) or not rows:
         return False
-    figure = _new_figure(WIDTH, 0.9 + 1.35 * len(rows))
+    figure = drawing.new_figure(drawing.WIDTH, 0.9 + 1.35 * len(rows))
     panels = figure.subplots(len(rows), 2, sharex=True, sharey="row", squeeze=False)
     layers = max(c.example.config["n_layer"] for c in pair)
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, layers))
@@ -277,7 +381,7 @@ def diagnostics(cell, control, path):
                 panel.plot(steps * c.example.config["tokens_per_step"] / 1e6, layer, color=colour, linewidth=1.4)
         known = np.concatenate([values[np.isfinite(values)] for _, values in found])
         if known.min() > 0 and known.max() > 20 * known.min():
-            _log_axis(row[0].yaxis)
+            drawing.log_axis(row[0].yaxis)
         row[0].set_ylabel(DIAGNOSTICS[name], fontsize=8.5)
     for panel, c in zip(panels[0], pair, strict=True):
         panel.set_title(c.label, fontsize=10.5)
@@ -285,85 +389,4 @@ def diagnostics(cell, control, path):
         panel.set_xlabel("training tokens (millions)")
     handles = [panels[0, 0].plot([], [], color=colour, label=f"{i}")[0] for i, colour in enumerate(colours)]
     figure.legend(handles=handles, title="layer", loc="outside right upper", frameon=False)
-    return _save(figure, path)
-
-
-def _new_figure(width, height):
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    return plt.figure(figsize=(width, height), layout="constrained")
-
-
-def _save(figure, path):
-    import matplotlib.pyplot as plt
-
-    for panel in figure.axes:
-        if not panel.images and panel.get_label() != "<colorbar>":
-            panel.grid(alpha=0.25)
-            panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return True
-
-
-def _log_axis(axis):
-    """Make an axis logarithmic, with plain numbers at 1, 2 and 5 times the powers of ten."""
-    from matplotlib import ticker
-
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_locator(ticker.NullLocator())
-
-
-def _styles(names):
-    """name -> colour, line style and marker; 28 differ from each other."""
-    turns = {name: divmod(i, len(COLOURS)) for i, name in enumerate(names)}
-    return {
-        name: dict(color=COLOURS[i], linestyle=LINES[turn % len(LINES)], marker=MARKERS[turn % len(MARKERS)])
-        for name, (turn, i) in turns.items()
-    }
-
-
-def _line_with_band(panel, x, values, **look):
-    """Draw the mean of values, (seeds, len(x)), with its interval; the mean."""
-    mean, low, high = comparison.band(values)
-    panel.plot(x, mean, **look)
-    if low is not None:
-        panel.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0)
-    return mean
-
-
-def _thinned(steps, values, most=100):
-    """Means over neighbouring steps, `most` groups at most: a training loss is of one batch, and noisy."""
-    size = max(1, math.ceil(len(steps) / most))
-    groups = [slice(start, start + size) for start in range(0, len(steps), size)]
-    if not groups:
-        return steps, values
-    means = np.stack([values[:, group].mean(axis=1) for group in groups], axis=1)
-    return np.array([steps[group].mean() for group in groups]), means
-
-
-def _in_order(values):
-    return sorted(values) if all(map(is_number, values)) else list(values)
-
-
-def _places(values):
-    """(where on an axis each value stands, whether the axis is logarithmic): zero stands a step left of the others."""
-    if not all(map(is_number, values)):
-        return list(range(len(values))), False
-    positive = [value for value in values if value > 0]
-    if min(values) < 0 or len(positive) < 2 or max(positive) <= 4 * min(positive):
-        return values, False
-    return [positive[0] ** 2 / positive[1] if value == 0 else value for value in values], True
-
-
-def _beside(places, is_log, i, n):
-    """places, moved a little for the i-th of n arms, so that their bars stand beside each other."""
-    share = 0.012 * (i - (n - 1) / 2)
-    if is_log:
-        return [place * (places[-1] / places[0]) ** share for place in places]
-    return [place + share * (places[-1] - places[0]) for place in places]
+    return drawing.save(figure, path)

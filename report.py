@@ -54,11 +54,13 @@ def draw(results, flops, folder):
         "heat_map.png": (figures.heat_maps, "Mean validation loss over the grid; frames mark the best points."),
         "grid.png": (
             figures.lines,
-            f"Validation loss over the grid (filled: an arm's best point) and, below, the paired differences. {bands}",
+            f"Validation loss over the grid (filled: an arm's best point) and, below, the paired differences; arrows "
+            f"stand for values off the scale. {bands}",
         ),
         "cost.png": (
             lambda results, path: figures.cost(results, flops, path),
-            f"Validation loss{best} against what it costs; grey lines lead from a control to its arms. {bands}",
+            f"Validation loss{best} against what it costs; grey lines lead from a control to its arms, arrows stand "
+            f"for values off the scale. {bands}",
         ),
     }
     drawn = [page.Figure(name, text) for name, (function, text) in wanted.items() if function(results, folder / name)]

@@ -318,8 +318,15 @@ def setting(results):
         "Made with " + "; ".join(f"{name} {', '.join(found)}" for name, found in made.items()) + ".",
     ]
     mixed = [name for name, found in made.items() if len(found) > 1]
-    if results.unfinished:
-        sentences.append(f"{len(results.unfinished)} more runs are not finished: what is said here is provisional.")
+    diverged = sum(why.startswith("diverged") for _, why in results.unfinished)
+    if diverged:
+        sentences.append(
+            f"{diverged} more runs diverged and are in no number here: what is said of their arms and points is of the "
+            "seeds that did not."
+        )
+    if len(results.unfinished) > diverged:
+        left = len(results.unfinished) - diverged
+        sentences.append(f"{left} more runs are not finished: what is said here is provisional.")
     if mixed:
         sentences.append(f"Warning: not all runs have the same {' and '.join(mixed)}; runs.csv says which has which.")
     return sentences

@@ -33,7 +33,7 @@ from data import write_json
 from train_config import NO_PART_OF_RESULT
 
 FORMAT = 1
-STATES = ("running", "failed", "stopped", "finished", "not started")
+STATES = ("running", "failed", "diverged", "stopped", "finished", "not started")
 STOPPED = (130, -2, -15)  # exit statuses of a run that Ctrl-C or SIGTERM ended
 TAIL_BYTES = 1 << 16
 POLL_SECONDS = 0.2
@@ -106,7 +106,7 @@ def read_study(folder):
 
 
 def write_study(folder, content):
-    """Write study.json, with the seeds of an earlier call on the same folder among its own.
+    """Write study.json, with the seeds of an earlier call on the same folder among its own, and in its command.
 
     Raises ValueError when the folder is that of another study: one that has no arm, at no point, in common.
     """
@@ -117,7 +117,11 @@ def write_study(folder, content):
         if not {entry["name"] for entry in earlier["arms"]} & {entry["name"] for entry in content["arms"]}:
             raise ValueError(f"{folder} holds another study ({earlier['command']}): give this one its own --out_dir=…")
         seeds = sorted({*earlier["seeds"], *content["seeds"]})
-        write_json(Path(folder) / "study.json", {"format": FORMAT, **content, "seeds": seeds})
+        command = content["command"]
+        if set(seeds) != set(content["seeds"]):
+            words = [word for word in shlex.split(command) if not word.startswith("--seeds=")]
+            command = shlex.join([*words, f"--seeds={','.join(map(str, seeds))}"])
+        write_json(Path(folder) / "study.json", {"format": FORMAT, **content, "command": command, "seeds": seeds})
     finally:
         os.close(lock)
 
@@ -204,12 +208,19 @@ def is_finished(run):
     return (Path(run) / "summary.json").exists()
 
 
+def has_diverged(run):
+    """Whether a run folder's loss or gradient was not finite, which the same settings would only repeat."""
+    return (Path(run) / "nonfinite.json").exists() and not is_finished(run)
+
+
 def state(run):
     """How the run in a run folder stands: one of STATES, from its files and its lock."""
     if is_finished(run):
         return "finished"
     if is_locked(lock_path(run)):
         return "running"
+    if has_diverged(run):
+        return "diverged"
     if has_failed(read_note(lock_path(run))):
         return "failed"
     return "stopped" if runlog.holds_run(run) else "not started"
@@ -251,6 +262,7 @@ class Execution:
         self.todo = list(runs)
         self.workers = []
         self.failed = {}  # run -> why
+        self.diverged = []  # now or before: not tried again
         # A failure from before is tried again; one that another execution meets meanwhile is not.
         self.old_notes = {run: read_note(lock_path(run.folder)) for run in runs}
         self.flops = {run: run.flops for run in runs}
@@ -260,7 +272,7 @@ class Execution:
     def execute(self, fail_fast=False):
         """Work until every run has ended, or, after a signal or with fail_fast a failure, until all are stopped.
 
-        True: all are finished; None: a signal stopped it; otherwise `failed` says why.
+        True: all are finished; None: a signal stopped it; otherwise `failed` and `diverged` say why.
         """
         stopping = False
         with parallel.StopSignal() as stop:
@@ -278,12 +290,12 @@ class Execution:
                 self.terminate()
                 raise
         self.show_progress(last=True)
-        return None if stop.requested else not self.failed
+        return None if stop.requested else not (self.failed or self.diverged)
 
     def start(self):
-        """Start runs while there are free slots; leave out what is finished and what another execution works on."""
+        """Start runs while there are free slots; leave out what has ended and what another execution works on."""
         for run in list(self.todo):
-            if is_finished(run.folder):
+            if self.has_ended(run):
                 self.todo.remove(run)
             elif len(self.workers) < self.jobs:
                 run.folder.mkdir(parents=True, exist_ok=True)
@@ -292,13 +304,20 @@ class Execution:
                     continue
                 self.todo.remove(run)
                 note = read_note(lock_path(run.folder))
-                if is_finished(run.folder):  # by another execution, since we looked
+                if self.has_ended(run):  # by another execution, since we looked
                     os.close(lock)
                 elif has_failed(note) and note != self.old_notes[run]:
                     os.close(lock)
                     self.failed[run] = f"exit status {note['exit_status']}, in another sweep"
                 else:
                     self.workers.append(self.spawn(run, lock))
+
+    def has_ended(self, run):
+        """Whether a run is finished or has diverged, which is noted."""
+        if has_diverged(run.folder):
+            self.diverged.append(run)
+            return True
+        return is_finished(run.folder)
 
     def spawn(self, run, lock):
         """Start a run's process. It inherits the lock, and so keeps it should this process be killed."""
@@ -332,7 +351,7 @@ class Execution:
             self.workers.remove(worker)
             write_note(worker.lock, pid=worker.process.pid, exit_status=status, ended=runlog.now())
             os.close(worker.lock)
-            if is_finished(worker.run.folder):
+            if self.has_ended(worker.run):
                 continue
             if stopping and status in STOPPED:
                 self.todo.append(worker.run)
@@ -360,6 +379,7 @@ class Execution:
             "running": len(self.workers),
             "running in other sweeps": elsewhere,
             "failed": len(self.failed),
+            "diverged": len(self.diverged),
             "left": len(self.todo) - elsewhere,
         }
         done = len(self.runs) - sum(counts.values())
@@ -370,7 +390,8 @@ class Execution:
         flops_done = self.flops_done()
         rate = (flops_done - self.flops_at_start) / max(1e-9, now - self.started)
         if rate > 0 and (self.workers or elsewhere):
-            seconds = (sum(self.flops.values()) - flops_done) / rate
+            unfinished = [*self.todo, *(worker.run for worker in self.workers)]
+            seconds = sum(self.flops[run] * (1 - run.progress) for run in unfinished) / rate
             line += f", {datetime.timedelta(seconds=round(seconds))} to go"
         if in_terminal:
             line = f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}"

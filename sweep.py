@@ -8,7 +8,8 @@ python sweep.py config/study_lr.py --index=$SLURM_ARRAY_TASK_ID --of=$SLURM_ARRA
 The first file is the study (it sets the fields of `Study` in study.py), the others set a size; options of train.py go
 to every run, whatever its arm says. The runs of the first are in out/study_lr-quick/ARM/seed1. The same command again
 skips what is finished and goes on with what was interrupted; several at once share the work. All arms of a seed come
-before the next seed, so that an unfinished study can be compared already.
+before the next seed, so that an unfinished study can be compared already. A run that diverged is not tried again, since
+the same settings would end the same, unless its nonfinite.json is deleted.
 """
 
 import dataclasses
@@ -51,10 +52,10 @@ class SweepConfig:
     out_dir: str | None = None  # the study's folder; none: out/ and the names of the files
     seeds: tuple[int, ...] | None = None  # in place of the study's, such as 4,5 for two more
     jobs: int | None = None  # runs side by side; none: one for each GPU, or one on a CPU
-    index: int = 0  # run only every of-th run, from this one on: the share of a job in a cluster's array, from 0
+    index: int = 0  # which share to run, from 0: that of a job in a cluster's array, of all arms where there are enough
     of: int = 1  # the number of such shares
     dry_run: bool = False  # print commands, tokens and FLOPs, and run nothing
-    fail_fast: bool = False  # stop everything when a run fails
+    fail_fast: bool = False  # stop everything when a run fails; to diverge is not to fail
     watch: float = 0.0  # show how the study stands every so many seconds, and run nothing; 0: off
 
     def __post_init__(self):
@@ -145,7 +146,10 @@ def plan(cfg, options):
         for arm, arguments in this.arms.items():
             name = ",".join([arm, *(f"{key}={as_text(value)}" for key, value in point.items())])
             arguments = [*sizes, *shlex.split(fill(arguments)), *shlex.split(fill(this.settings))]
-            own = size | configurator.read(TrainConfig, [*arguments, *options])
+            try:
+                own = size | configurator.read(TrainConfig, [*arguments, *options])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
             for key, value in point.items():
                 arguments += [f"--{key}={as_text(value)}", *brings[key, value]]
             arguments += options
@@ -173,6 +177,17 @@ def plan(cfg, options):
         "arms": entries,
     }
     return runs, content
+
+
+def share(runs, n_arms, index, of):
+    """The runs of one of `of` shares of a plan: all arms of a seed and point together, so that each can be compared.
+
+    Single runs are shared out only where there are fewer such groups than shares.
+    """
+    groups = [runs[start : start + n_arms] for start in range(0, len(runs), n_arms)]
+    if len(groups) < of:
+        groups = [[run] for run in runs]
+    return [run for group in groups[index::of] for run in group]
 
 
 def make_run(folder, entry, seed):
@@ -237,7 +252,7 @@ def dry_run(runs):
         print(f"# {run.label}: {study.state(run.folder)}, {study.digest(dataclasses.asdict(run.config))}")
         print(shlex.join(run.command))
     print(f"# all: {describe(runs)}")
-    left = [run for run in runs if not study.is_finished(run.folder)]
+    left = [run for run in runs if study.state(run.folder) not in ("finished", "diverged")]
     if len(left) < len(runs):
         print(f"# left: {describe(left)}")
 
@@ -314,7 +329,7 @@ def view(name, table, width=None, height=None):
 
 
 def watch(folder, seconds):
-    """Show how a study's runs stand, anew every `seconds` until all are finished; once where there is no terminal."""
+    """Show how a study's runs stand, anew every `seconds` until no more is to come; once where there is no terminal."""
     while True:
         content = study.read_study(folder)
         table = rows(folder, content)
@@ -323,7 +338,7 @@ def watch(folder, seconds):
             return
         size = shutil.get_terminal_size()
         print("\x1b[H\x1b[J" + view(content["name"], table, size.columns, size.lines), flush=True)
-        if all(row["state"] == "finished" for row in table):
+        if all(row["state"] in ("finished", "diverged") for row in table):
             return
         time.sleep(seconds)
 
@@ -331,14 +346,14 @@ def watch(folder, seconds):
 def sweep(cfg, options=()):
     """Run a study as cfg, a SweepConfig, says; options: arguments of train.py for every run. The exit status.
 
-    0: every run of this share is finished; 1: some failed; 130: stopped. Raises ValueError before anything runs.
+    0: all runs of this share are finished; 1: some failed or diverged; 130: stopped. Raises ValueError before any.
     """
     folder = study_folder(cfg)
     if cfg.watch:
         watch(folder, cfg.watch)
         return 0
     runs, content = plan(cfg, list(options))
-    mine = runs[cfg.index :: cfg.of]
+    mine = share(runs, len({entry["arm"] for entry in content["arms"]}), cfg.index, cfg.of)
     for run in runs:
         check_folder(run)
     if cfg.dry_run:
@@ -355,11 +370,20 @@ def sweep(cfg, options=()):
         log = run.folder / "log.txt"
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:] if log.exists() else []
         print("\n".join([f"{run.label}: {why}; the end of {log}:", *("    " + line for line in lines)]))
+    for run in work.diverged:
+        found = runlog.read_json(run.folder / "nonfinite.json") or {}
+        print(f"{run.label}: diverged at step {found.get('step')}; see {run.folder / 'nonfinite.json'}")
+    if work.diverged:
+        print(
+            f"{len(work.diverged)} of {len(mine)} runs diverged; the same command does not try one again unless you "
+            "delete its nonfinite.json"
+        )
     if result is None:
         print("stopped; the same command goes on")
         return 130
     if work.failed:
         print(f"{len(work.failed)} of {len(mine)} runs did not end; the same command tries them again")
+    if not result:
         return 1
     print(f"all {len(mine)} runs are finished; compare them with: python report.py {folder}")
     return 0

@@ -161,9 +161,9 @@ def test_relative_differences_are_paired(study):
     results = arms.load([study])
     cell, control = results.best_pairs[0]
     del cell.runs[2, 2]
-    steps, relative = figures.relative_difference(cell, control)
+    tokens, relative = figures.relative_difference(cell, control)
     a, b = (np.delete(summaries(study, arm), 1)[:, None] + [2, 1, 0] for arm in ("reduced", "base"))
-    assert steps.tolist() == [0, 20, 40]
+    assert tokens.tolist() == [0, 20 * 128, 40 * 128]
     assert relative == pytest.approx((a - b) / b)
 
 
@@ -238,12 +238,6 @@ def test_a_heat_map_shows_the_means_on_one_scale(grids, tmp_path, monkeypatch):
     assert scale == same_scale
     assert base == pytest.approx(2.02 + np.array([[0.0], [0.01], [0.1]]) + np.array([0.1, 0, 0.1]))
     assert reduced == pytest.approx(2.07 + np.array([[0.1], [0.09], [0.0]]) + np.array([0.1, 0, 0.1]))
-
-
-def test_zero_has_a_place_on_a_logarithmic_axis():
-    assert figures._places([0, 0.01, 0.02, 0.1]) == ([0.005, 0.01, 0.02, 0.1], True)
-    assert figures._places([1, 2, 4]) == ([1, 2, 4], False)
-    assert figures._places(["gelu", "relu"]) == ([0, 1], False)
 
 
 def test_diagnostics_of_two_arms_share_their_axes(study, monkeypatch, tmp_path):
@@ -390,6 +384,15 @@ def test_the_intervals_of_a_study_cover_its_difference_in_95_percent_of_trials(t
 )
 def test_a_p_value_near_the_level_has_more_digits(p, text):
     assert sections.p_text(p) == text
+
+
+def test_diverged_runs_are_counted_apart_from_what_is_still_to_come(tmp_path):
+    folders = [write_run(tmp_path / f"a{seed}", seed, 2.0, finished=seed < 3) for seed in (1, 2, 3, 4)]
+    (folders[3] / "nonfinite.json").write_text("{}")
+    results = arms.load(folders)
+    assert [why for _, why in results.unfinished] == ["not finished, step 40 of 40", "diverged, step 40 of 40"]
+    text = " ".join(sections.setting(results))
+    assert "1 more runs diverged" in text and "1 more runs are not finished" in text
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from conftest import TINY
+from run_folders import write_study
 
 import configurator
 import cost
@@ -33,7 +34,8 @@ arms = {"baseline": "", "reduced": "--wq_identity --attn_scale=0.5"}
 control = "baseline"
 """
 
-# Behaves like train.py towards a sweep, in milliseconds: waits while the file `wait` exists, fails at n_layer=3.
+# Behaves like train.py towards a sweep, in milliseconds: waits while the file `wait` exists, fails at n_layer=3 and
+# diverges at n_layer=5.
 FAKE = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -45,7 +47,10 @@ with open("starts.txt", "a") as file:
 print("GPU", os.environ.get("CUDA_VISIBLE_DEVICES"), "threads", os.environ.get("OMP_NUM_THREADS"), flush=True)
 if options.get("n_layer") == "3" and not os.path.exists("mended"):
     sys.exit("error: three layers are too many")
-(folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "kind": "train"}) + "\\n")
+if options.get("n_layer") == "5" and not os.path.exists("mended"):
+    (folder / "nonfinite.json").write_text(json.dumps({"step": 17, "loss": "nan", "grad_norm": "nan"}))
+    sys.exit("FloatingPointError: step 17")
+(folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "kind": "train", "tokens_per_second": 1}) + "\\n")
 while os.path.exists("wait"):
     time.sleep(0.02)
 (folder / "summary.json").write_text("{}")
@@ -213,6 +218,38 @@ def test_failures_are_reported_at_the_end_and_tried_again(files, fake, command):
     assert "all 4 runs are finished" in out
 
 
+def test_a_run_that_diverged_is_not_tried_again_until_its_file_is_deleted(files, fake, command):
+    argv = [*files(TWO_ARMS + "grid = {'n_layer': [5, 2, 3]}\nseeds = [1]"), "--out_dir=out"]
+    names = [f"{arm},n_layer={n}" for n in (5, 2, 3) for arm in ("baseline", "reduced")]
+    status, out, _ = command(sweep.main, *argv)
+    assert status == 1
+    assert fake() == folders("out", names, [1])
+    assert [study.state(folder) for folder in fake()] == ["diverged"] * 2 + ["finished"] * 2 + ["failed"] * 2
+    assert "2 of 6 runs done, 2 failed, 2 diverged\n" in out
+    assert "baseline,n_layer=5/seed1: diverged at step 17; see out/baseline,n_layer=5/seed1/nonfinite.json" in out
+    assert "2 of 6 runs diverged; the same command does not try one again unless you delete its nonfinite.json" in out
+    assert "2 of 6 runs did not end" in out and "baseline,n_layer=5/seed1: exit status" not in out
+    assert "2 failed, 2 diverged, 2 finished" in command(sweep.main, *argv, "--watch=1")[1]
+    Path("mended").touch()
+    status, out, _ = command(sweep.main, *argv)
+    assert status == 1, "not all runs are finished"
+    assert fake()[6:] == folders("out", names[4:], [1]), "what failed is tried again"
+    assert "4 of 6 runs done, 2 diverged\n" in out and "did not end" not in out
+    for folder in folders("out", names[:2], [1]):
+        Path(folder, "nonfinite.json").unlink()
+    status, out, _ = command(sweep.main, *argv)
+    assert (status, fake()[8:]) == (0, folders("out", names[:2], [1]))
+    assert "all 6 runs are finished" in out
+
+
+def test_a_run_that_diverged_is_told_in_the_report(tmp_path):
+    folder = write_study(tmp_path / "study", {"baseline": {}, "reduced": {"beta1": 0.5}}, lambda arm, seed: 2.0)
+    run = folder / "reduced/seed2"
+    (run / "summary.json").rename(run / "nonfinite.json")
+    cfg = report.ReportConfig(runs=(str(folder),))
+    assert f"- {run}: diverged, step 40" in (report.report(cfg)[0] / "report.md").read_text()
+
+
 def test_fail_fast_stops_the_others(files, fake, command):
     Path("wait").touch()
     text = "arms = {'good': '', 'bad': '--n_layer=3', 'later': '--n_layer=4'}\ncontrol = 'good'\nseeds = [1]"
@@ -278,6 +315,21 @@ def test_the_arms_of_a_seed_come_before_the_next_seed_and_pairs_side_by_side(fil
     for entry in content["arms"]:  # what the arm's own arguments set, be it in the grid or not
         own = {"baseline": (0.1, 1.0), "reduced": (0.1, 0.5)}[entry["arm"]]
         assert entry["configured"] == dict(zip(("weight_decay", "attn_scale"), own, strict=True))
+
+
+@pytest.mark.parametrize("of", range(1, 14))
+def test_shares_hold_every_run_once_and_all_arms_together(files, of):
+    runs, _ = plan(*files(TWO_ARMS + "grid = {'beta1': [0.5, 0.9]}"))
+    shares = [sweep.share(runs, 2, index, of) for index in range(of)]
+    assert sorted(run.label for share in shares for run in share) == sorted(run.label for run in runs)
+    sizes = [len(share) for share in shares]
+    assert max(sizes) - min(sizes) <= (2 if of <= 6 else 1)
+    for share in shares if of <= 6 else ():
+        groups = {}
+        for run in share:
+            arm, _, point = run.name.partition(",")
+            groups.setdefault((point, run.seed), set()).add(arm)
+        assert set(map(frozenset, groups.values())) == {frozenset({"baseline", "reduced"})}
 
 
 def test_braces_stand_for_the_size_and_values_bring_arguments_along(files):
@@ -349,9 +401,11 @@ def test_a_dry_run_prints_what_would_run_and_touches_nothing(files, fake, comman
     assert f"# all: 6 runs, {6 * tokens:,} tokens, {sum(per_token) * tokens:.2e} training FLOPs" in out
     (runs[0].folder).mkdir(parents=True)
     (runs[0].folder / "summary.json").write_text("{}")
+    (runs[1].folder).mkdir(parents=True)
+    (runs[1].folder / "nonfinite.json").write_text("{}")
     _, out, _ = command(sweep.main, *argv, "--dry_run", "--index=0", "--of=2")
     assert f"# left: 2 runs, {2 * tokens:,} tokens" in out
-    assert "baseline/seed1: finished" in out and "reduced" not in out
+    assert "baseline/seed1: finished" in out and "reduced/seed1: diverged" in out and "/seed2" not in out
 
 
 def test_what_is_no_part_of_a_run_s_identity_does_not_change_its_result(tiny):
@@ -386,10 +440,15 @@ def test_a_finished_study_takes_options_that_change_no_result_and_no_others(file
     assert command(sweep.main, *argv, "--batch_size=4", "--log_interval=5", "--device=cpu", "--seeds=3,2")[0] == 0
     assert fake() == []
     assert study.read_study("out")["seeds"] == [2, 3]
+    assert study.read_study("out")["command"].endswith("--device=cpu --seeds=3,2")
     words = ["out/baseline/seed1", "beta2 is 0.95 there and 0.99 here", "max_iters is 40 there", "--out_dir"]
     refuses(sweep.main, *argv, "--beta2=0.99", "--max_iters=41", words=words)
     assert command(sweep.main, *argv, "--seeds=1")[0] == 0
     assert study.read_study("out")["seeds"] == [1, 2, 3]
+    command_of_all = "python sweep.py my_study.py tiny.py --seeds=1,2,3"
+    assert study.read_study("out")["command"] == command_of_all, "which repeats the whole study"
+    assert command(sweep.main, *argv)[0] == 0
+    assert study.read_study("out")["command"] == command_of_all.removesuffix(" --seeds=1,2,3")
     other = TWO_ARMS + "grid = {'beta1': [0.5]}"
     refuses(sweep.main, *files(other), "--out_dir=out", words=["out holds another study (python sweep.py my_study.py"])
     files()

@@ -1,0 +1,223 @@
+import numpy as np
+import pytest
+import run_folders
+from run_folders import write_study
+
+import arms
+import comparison
+import drawing
+import figures
+import report
+
+REDUCED = dict(wq_identity=True, attn_scale=0.5, weight_decay=2**-5)
+PAIR = {"base": {}, "reduced": REDUCED}
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """Draw with a function of figures.py; the matplotlib figure, as it was saved."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    close = plt.close
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+
+    def draw(function, *arguments):
+        assert function(*arguments, tmp_path / "figure.png")
+        return plt.gcf()
+
+    yield draw
+    close("all")
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Write a study and load it; arguments of run_folders.write_study."""
+    return lambda *arguments, **options: arms.load([write_study(tmp_path / "study", *arguments, **options)])
+
+
+def many_pairs(n):
+    """Arms and controls of n pairs, which no option but beta1 tells apart."""
+    own, control = {}, {}
+    for i in range(n):
+        own[f"kind{i}-base"] = {"beta1": 0.5 + i / 100}
+        own[f"kind{i}-reduced"] = own[f"kind{i}-base"] | REDUCED
+        control[f"kind{i}-reduced"] = f"kind{i}-base"
+    return own, control
+
+
+def texts(panel):
+    """The texts drawn into a panel, beside those of its axes."""
+    return [text.get_text() for text in panel.texts]
+
+
+def loss_flops(results):
+    """What figures.cost needs: run folder -> training operations."""
+    return {run.folder: report.training_flops(run) for _, run in results.runs}
+
+
+@pytest.mark.parametrize("shift", [0.05, -0.05])
+def test_zero_is_in_view_where_all_differences_are_on_one_side(study, drawn, shift):
+    results = study(PAIR, lambda arm, seed: 2 + shift * (arm == "reduced"), seeds=(1,))
+    low, high = drawn(figures.curves, results).axes[1].get_ylim()
+    assert low < 0 < high
+    assert min(low, -high) == pytest.approx(-abs(100 * shift / 2), rel=0.1), "and no more than that"
+
+
+def test_sizes_share_the_scale_of_their_differences(study, drawn):
+    gap = {16: 0.4, 32: 0.1, 64: 0.02}
+    results = study(PAIR, lambda arm, seed, n_embd: 2 + gap[n_embd] * (arm == "reduced"), {"n_embd": list(gap)})
+    panels = drawn(figures.curves, results).axes
+    assert [panel.get_title() for panel in panels[:3]] == ["n_embd 16", "n_embd 32", "n_embd 64"]
+    assert len({panel.get_ylim() for panel in panels[3:]}) == 1
+    assert panels[3].get_ylim()[1] > 20
+
+
+def test_a_size_with_far_wider_intervals_does_not_flatten_the_others_and_shows_its_last_one_whole(study, drawn):
+    def loss(arm, seed, n_embd):
+        return 2 + 0.02 * (arm == "reduced") * (1 + 40 * (seed - 2) * (n_embd == 64) + seed / 10)
+
+    panels = drawn(figures.curves, study(PAIR, loss, {"n_embd": [16, 32, 64]})).axes[3:]
+    assert panels[0].get_ylim() == panels[1].get_ylim() != panels[2].get_ylim()
+    assert [texts(panel) for panel in panels] == [[], [], ["own scale"]]
+    band = panels[2].collections[0].get_paths()[0].vertices
+    last = band[band[:, 0] == band[:, 0].max(), 1]
+    low, high = panels[2].get_ylim()
+    assert low < last.min() < -50 and 50 < last.max() < high
+
+
+def test_a_last_interval_that_is_wider_than_the_line_is_far_from_zero_is_whole(study, drawn):
+    generator = np.random.default_rng(1)
+    results = study(PAIR, lambda arm, seed: 2 + 0.01 * (arm == "reduced") + generator.normal(0, 0.03))
+    figure = drawn(figures.curves, results)
+    for panel in figure.axes:
+        for band in (collection.get_paths()[0].vertices for collection in panel.collections):
+            last = band[band[:, 0] == band[:, 0].max(), 1]
+            assert panel.get_ylim()[0] < last.min() < last.max() < panel.get_ylim()[1]
+    _, relative = figures.relative_difference(*results.best_pairs[0])
+    mean, low, high = comparison.band(relative)
+    assert high[-1] > 3 * abs(mean).max() or low[-1] < -3 * abs(mean).max(), "the limits would cut it"
+
+
+def test_relative_differences_are_of_as_many_tokens(study):
+    results = study({"base": {}, "half": dict(tokens_per_step=64, batch_size=4)}, lambda arm, seed: 2.0, seeds=(1,))
+    tokens, relative = figures.relative_difference(*results.best_pairs[0])
+    assert tokens.tolist() == [0, 20 * 128], "40 steps of 64 tokens, 20 steps of 128"
+    assert relative == pytest.approx(np.array([[0, (2 - 3) / 3]]))
+
+
+def test_differences_of_another_order_keep_a_scale_of_their_own(study, drawn):
+    own, control = many_pairs(5)
+    shift = {"kind3-reduced": 2.0}
+    results = study(own, lambda arm, seed: 2 + shift.get(arm, 0.02 * (arm in control)), seeds=(1,), control=control)
+    panels = [panel for panel in drawn(figures.curves, results).axes if not panel.get_legend()]
+    heights = {(i, *texts(panel)): panel.get_ylim()[1] for i, panel in enumerate(panels)}
+    assert heights.pop((3, "own scale")) > 90
+    assert len(heights) == 4 and len(set(heights.values())) == 1 and max(heights.values()) < 2
+
+
+def test_a_run_of_two_evaluations_fills_its_panel(study, drawn, monkeypatch):
+    monkeypatch.setattr(run_folders, "STEPS", (0, 40))
+    upper = drawn(figures.curves, study(PAIR, lambda arm, seed: 2.0, seeds=(1,))).axes[0]
+    assert upper.get_ylim()[1] > 4
+
+
+def test_a_long_run_is_seen_from_its_first_quarter_on(study, drawn, monkeypatch):
+    monkeypatch.setattr(run_folders, "STEPS", tuple(range(0, 41, 10)))
+    low, high = drawn(figures.curves, study(PAIR, lambda arm, seed: 2.0, seeds=(1,))).axes[0].get_ylim()
+    assert 3.5 <= high < 4, "the line goes from 4 down to 2"
+
+
+def test_a_figure_of_many_pairs_can_be_read_in_a_readme(study, drawn):
+    from matplotlib.text import Text
+
+    own, control = many_pairs(11)
+    figure = drawn(figures.curves, study(own, lambda arm, seed: 2.0, seeds=(1,), control=control))
+    width, height = figure.get_size_inches() * 150
+    assert height < 1.5 * width
+    shown = 900 / 96 / (width / 150)  # a README's 900 pixels, of which 96 are an inch
+    sizes = [text.get_fontsize() for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+    assert min(sizes) * shown >= 8
+    assert len(figure.axes) == 22
+
+
+def diverging(arm, seed, learning_rate):
+    loss = {0.001: 2.21, 0.002: 2.2, 0.004: 2.22, 0.008: 5.5}[learning_rate]
+    return loss + (arm == "reduced") * (0.9 if loss > 5 else 0.01) + seed / 1000
+
+
+def test_one_loss_that_diverged_does_not_flatten_the_grid(study, drawn):
+    results = study(PAIR, diverging, {"learning_rate": [0.001, 0.002, 0.004, 0.008]})
+    upper, lower = drawn(figures.lines, results).axes
+    assert upper.get_ylim()[1] < 2.4 and texts(upper) == ["5.50", "6.40"]
+    assert lower.get_ylim()[1] < 0.1 and texts(lower) == ["+0.90"]
+    assert "(nats a token)" in lower.get_ylabel()
+    _check_apart(upper, upper.texts)
+
+
+def _check_apart(panel, labels):
+    boxes = [label.get_window_extent() for label in labels]
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:i])
+        assert panel.get_window_extent().contains(*box.p0) and panel.get_window_extent().contains(*box.p1)
+
+
+def test_what_is_far_off_is_told_from_what_is_only_worse():
+    assert drawing.far_off([0, 0.01, 0.02, 3.3]).tolist() == [False, False, False, True]
+    assert not drawing.far_off([0, 0.1, 0.2, 0.5]).any()
+    assert not drawing.far_off([0, 0.01, 0.02, 0.1], least=0.2).any()
+    assert not drawing.far_off([0, 1, 5, 6, 7]).any()
+
+
+def test_many_pairs_are_named_and_coloured_as_pairs_in_the_cost(study, drawn):
+    own, control = many_pairs(8)
+
+    def loss(arm, seed):
+        return 2 + int(arm[4]) / 100 + 0.03 * ("reduced" in arm) + 3 * arm.startswith("kind7")
+
+    results = study(own, loss, seeds=(1,), control=control)
+    figure = drawn(figures.cost, results, loss_flops(results))
+    for panel in figure.axes:
+        assert panel.get_ylim()[1] < 3
+        assert {f"kind{i}" for i in range(7)} | {"kind7-base 5.07", "kind7-reduced 5.10"} == set(texts(panel))
+        _check_apart(panel, panel.texts)
+        points = {container.get_label(): container.lines[0] for container in panel.containers}
+        looks = {arm: (line.get_color(), line.get_marker(), line.get_markerfacecolor()) for arm, line in points.items()}
+        for i in range(8):
+            (colour, marker, face), other = looks[f"kind{i}-base"], looks[f"kind{i}-reduced"]
+            assert other == (colour, marker, "white") and face == colour
+        assert len({look for arm, look in looks.items() if "base" in arm}) == 8
+        assert all(container.has_yerr is False for container in panel.containers), "one seed has no bars"
+
+
+def test_pairs_are_named_by_what_they_share():
+    def cell(arm, control):
+        return arms.Cell(arm, {}, control)
+
+    def names(controls):
+        pairs = [(cell(arm, control), cell(control, control)) for arm, control in controls.items()]
+        return figures._pair_names([*controls, *controls.values()], pairs)
+
+    assert names({"rope-reduced": "rope-base"}) == {"rope-reduced": "rope", "rope-base": "rope"}
+    assert names({"reduced": "base"}) == {"reduced": "reduced", "base": "reduced"}
+    assert names({"base_narrow": "base"}) == {"base_narrow": "base_narrow", "base": "base_narrow"}
+    several = {"x-a": "x-base", "x-b": "x-base"}
+    assert names(several) == {"x-a": "x-a", "x-b": "x-b", "x-base": "x-base"}
+
+
+def test_the_axis_of_costs_has_its_ticks_at_the_sizes(study, drawn):
+    results = study(PAIR, lambda arm, seed, n_embd: 2 + 1 / n_embd, {"n_embd": [16, 32, 64]}, seeds=(1,))
+    panels = drawn(figures.cost, results, loss_flops(results)).axes
+    of_control = [cell.example.facts["parameters"]["attn_mlp"] / 1e6 for cell in results.best if cell.arm == "base"]
+    assert panels[0].get_xscale() == "log"
+    assert panels[0].get_xticks() == pytest.approx(of_control)
+    assert [label.get_text() for label in panels[0].get_xticklabels()] == [f"{cost:.3g}" for cost in of_control]
+    assert drawing.apart([1, 1.05, 2, 2.1, 4]) == [1, 2, 4]
+
+
+def test_zero_has_a_place_on_a_logarithmic_axis():
+    assert drawing.places([0, 0.01, 0.02, 0.1]) == ([0.005, 0.01, 0.02, 0.1], True)
+    assert drawing.places([1, 2, 4]) == ([1, 2, 4], False)
+    assert drawing.places(["gelu", "relu"]) == ([0, 1], False)
