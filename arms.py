@@ -44,6 +44,12 @@ class Run:
         return {name: value for name, value in identity(self.config).items() if name not in ("seed", "data_seed")}
 
     @property
+    def precision(self):
+        """The number formats of its segments, in order: 'float32', or 'float32, bfloat16' if that changed on resume."""
+        segments = [segment["dtype"] for segment in self.facts.get("segments", []) if segment.get("dtype")]
+        return ", ".join(dict.fromkeys(segments or [str(self.facts.get("dtype"))]))
+
+    @property
     def cost(self):
         """(parameters, those of attention and MLP, training tokens): what makes one model or training larger."""
         return *self.facts["parameters"].values(), self.summary["tokens"]
@@ -58,6 +64,7 @@ class Cell:
     control: str  # the arm that it is compared with; a control names itself
     configured: dict = field(default_factory=dict)  # grid field -> the value that the arm's own files set
     runs: dict = field(default_factory=dict)  # seed -> Run
+    n_diverged: int = 0  # runs that are not among them because their loss was not finite
 
     @property
     def label(self):
@@ -119,10 +126,14 @@ class Results:
         """The grid's other fields, over which each arm may choose its best value."""
         return [name for name, values in self.grid.items() if name not in self.size_fields and len(values) > 1]
 
-    def rivals(self, cell, planned=False):
-        """The cells among which the best of a cell's arm and size is chosen; planned: unfinished ones, too."""
-        cells = self.planned if planned else self.cells
-        return [other for other in cells if other.arm == cell.arm and self.size(other) == self.size(cell)]
+    def points(self, cell):
+        """The cells of a cell's arm and size, those without a finished run included."""
+        return [other for other in self.planned if other.arm == cell.arm and self.size(other) == self.size(cell)]
+
+    def candidates(self, cell):
+        """The points among which the best of a cell's arm and size is chosen: no run of theirs has diverged."""
+        points = [point for point in self.points(cell) if point.runs]
+        return [point for point in points if not point.n_diverged] or points
 
     def size(self, cell):
         """The part of a cell's point that is its size."""
@@ -131,22 +142,24 @@ class Results:
     @cached_property
     def best(self):
         """The best cell of each arm at each size, in order."""
-        groups = {}
+        firsts = {}
         for cell in self.cells:
-            groups.setdefault((cell.arm, *self.size(cell).values()), []).append(cell)
-        return [lowest(cells) for cells in groups.values()]
+            firsts.setdefault((cell.arm, *self.size(cell).values()), cell)
+        return [lowest(self.candidates(cell)) for cell in firsts.values()]
+
+    def _pairs(self, cells, place):
+        """(cell, its control's cell) for each of some cells, where place(cell) is the same and they can be compared."""
+        return [
+            (cell, other)
+            for cell in cells
+            for other in cells
+            if other.arm == cell.control != cell.arm and place(other) == place(cell) and are_comparable(cell, other)
+        ]
 
     @property
     def best_pairs(self):
-        """(the best cell of an arm, the best cell of its control) at each size, where the two can be compared."""
-        return [
-            (cell, other)
-            for cell in self.best
-            for other in self.best
-            if other.arm == cell.control != cell.arm
-            and self.size(other) == self.size(cell)
-            and are_comparable(cell, other)
-        ]
+        """(the best cell of an arm, the best cell of its control) at each size."""
+        return self._pairs(self.best, self.size)
 
     @property
     def configured_pairs(self):
@@ -157,24 +170,12 @@ class Results:
             for cell in self.cells
             if tuned and all(name in cell.configured and cell.configured[name] == cell.point[name] for name in tuned)
         ]
-        return [
-            (cell, other)
-            for cell in cells
-            for other in cells
-            if other.arm == cell.control != cell.arm
-            and self.size(other) == self.size(cell)
-            and are_comparable(cell, other)
-        ]
+        return self._pairs(cells, self.size)
 
     @property
     def point_pairs(self):
-        """(cell, its control's cell at the same point) for each cell that can be compared with its control."""
-        return [
-            (cell, other)
-            for cell in self.cells
-            for other in self.cells
-            if other.arm == cell.control != cell.arm and other.point == cell.point and are_comparable(cell, other)
-        ]
+        """(cell, its control's cell at the same point)."""
+        return self._pairs(self.cells, lambda cell: cell.point)
 
     def left_out_losses(self, cell):
         """seed -> the loss of this seed at the point that the other seeds choose, for the arm and size of a cell.
@@ -182,7 +183,7 @@ class Results:
         Unlike the losses at the best point, these had no part in its choice. Of the seeds that all points have; empty
         where there is nothing to choose, or less than two such seeds.
         """
-        cells = self.rivals(cell)
+        cells = self.candidates(cell)
         seeds = common_seeds(cells)
         if len(cells) < 2 or len(seeds) < 2:
             return {}
@@ -243,8 +244,8 @@ def unlike(cell, control):
         found.append(f"on {a.summary['tokens'] / b.summary['tokens']:.3g} × the tokens")
     if a.config["block_size"] != b.config["block_size"]:
         found.append(f"context {a.config['block_size']} against {b.config['block_size']}")
-    if a.facts["dtype"] != b.facts["dtype"]:
-        found.append(f"{a.facts['dtype']} against {b.facts['dtype']}")
+    if a.precision != b.precision:
+        found.append(f"{a.precision} against {b.precision}")
     return found
 
 
@@ -310,6 +311,7 @@ def _load_study(folder):
             if run is None or run.summary is None:
                 where = f", step {last_step(path):,}" if run else ""
                 results.unfinished.append((path, state(path) + where))
+                cell.n_diverged += has_diverged(path)
             else:
                 _add(cell, run)
     return results
@@ -337,6 +339,7 @@ def _load_runs(folders):
                 why = "diverged" if has_diverged(run.folder) else "not finished"
                 where = f"step {last_step(run.folder):,} of {run.config['max_iters']:,}"
                 results.unfinished.append((run.folder, f"{why}, {where}"))
+                cell.n_diverged += has_diverged(run.folder)
             else:
                 _add(cell, run)
     return results
@@ -357,9 +360,9 @@ def _add(cell, run):
             f"{cell.example.folder} and {run.folder}, runs of {cell.label}, differ in {', '.join(names)} and should "
             "differ in the seed alone: repeat one of them"
         )
-    if cell.runs and run.facts["dtype"] != cell.example.facts["dtype"]:
+    if cell.runs and run.precision != cell.example.precision:
         raise ValueError(
-            f"{cell.example.folder} is in {cell.example.facts['dtype']} and {run.folder} in {run.facts['dtype']}, "
+            f"{cell.example.folder} is in {cell.example.precision} and {run.folder} in {run.precision}, "
             f"which changes the loss of {cell.label} by more than chance: repeat one of them, with --dtype=…"
         )
     cell.runs[run.seed] = run

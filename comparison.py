@@ -66,6 +66,8 @@ class Comparison:
         needed, least, most = self.seeds_needed
         if most <= d.n:
             return f"{text}, which would do for a difference of {DIFFERENCE:g}"
+        if needed <= d.n:
+            return f"{text}, which may do for a difference of {DIFFERENCE:g} ({least:,} to {most:,} are needed)"
         return f"{text}; about {needed:,} ({least:,} to {most:,}) would be needed to see a difference of {DIFFERENCE:g}"
 
 

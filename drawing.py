@@ -148,8 +148,7 @@ def fit(panel, spots, least, around_zero=False):
     margin = 0.05 * (high - low) or 0.05
     low, high = low - margin, high + margin
     below, above = (
-        [s for s, mean, is_far in zip(spots, means, far, strict=True) if is_far and (mean > high) == up]
-        for up in (False, True)
+        [spot for spot, is_out in zip(spots, out, strict=True) if is_out] for out in (means < low, means > high)
     )
     at_bottom, at_top = _mark(panel, below, upward=False), _mark(panel, above, upward=True)
     height = (high - low) / (1 - at_bottom - at_top)

@@ -126,10 +126,12 @@ def utilisation(gpu, model, measured):
 def was_measured(cfg, gpu, n_gpus, measured):
     """Whether it is cfg's own speed on this GPU type that the JSON file of bench.py has; W_Q may differ."""
     names = {field.name for field in dataclasses.fields(GPTConfig)} - {"wq_identity", "attn_scale"}
-    names |= {"recompute", "chunked_loss", "batch_size"}
+    names |= {"recompute", "batch_size"}
+    chunked = bool(measured and measured["config"].get("chunked_loss"))
     return (
         measured is not None
         and (gpu, n_gpus) == (measured["header"]["device"], 1)
+        and chunked == bool(cfg.chunked_loss)
         and all(measured["config"][name] == getattr(cfg, name) for name in names)
     )
 

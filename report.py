@@ -86,7 +86,7 @@ def run_rows(results, flops):
         | {"parameters": run.facts["parameters"]["total"], "attn_mlp": run.facts["parameters"]["attn_mlp"]}
         | {"training_flops": flops[run.folder], "data": run.facts["data"]["fingerprint"]}
         | {"git_commit": run.facts["git_commit"], "torch": run.facts["versions"]["torch"]}
-        | {"device": run.facts["device"], "dtype": run.facts["dtype"]}
+        | {"device": run.facts["device"], "dtype": run.precision}
         for cell, run in results.runs
     ]
     return rows + [{"folder": folder, "state": why} for folder, why in results.unfinished]
@@ -167,7 +167,14 @@ def report(cfg):
         chosen_by_others = comparison.compare(
             [tuple(map(results.left_out_losses, pair)) for pair in results.best_pairs]
         )
-        rows += comparison_rows("points chosen by the other seeds", results.best_pairs, chosen_by_others)
+        rows += [  # of which no single point can be named
+            {name: value for name, value in row.items() if name not in results.tuned_fields} | {"control": control.arm}
+            for row, (_, control) in zip(
+                comparison_rows("points chosen by the other seeds", results.best_pairs, chosen_by_others),
+                results.best_pairs,
+                strict=True,
+            )
+        ]
         rows += comparison_rows("as configured", results.configured_pairs, compare(results.configured_pairs))
         rows += comparison_rows("same point", results.point_pairs, compare(results.point_pairs))
     write_csv(folder / "comparison.csv", rows)

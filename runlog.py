@@ -76,7 +76,8 @@ class RunLog:
         run |= {"git_commit": git_commit(), "versions": versions(), **facts}
         run["segments"].append({"start": now(), "step": start_step, "dtype": dtype})
         self._wandb = _start_wandb(self.folder, config, run) if config["wandb_log"] else None
-        (self.folder / "summary.json").unlink(missing_ok=True)  # a run that goes on is not finished
+        for name in ("summary.json", "nonfinite.json"):  # a run that goes on is not finished, nor has it diverged
+            (self.folder / name).unlink(missing_ok=True)
         write_json(self.folder / "config.json", config)
         write_json(self.folder / "run.json", run)
         self._metrics = self._open_metrics(start_step)

@@ -126,8 +126,7 @@ def verdicts(pairs, comparisons):
         if d.low is None:
             seen = "" if d.mean is None else f" (difference {signed(d.mean)})"
         else:
-            p = p_text(result.p_holm)
-            p = f"{'p (Holm)' if family > 1 else 'p'} {p if '<' in p else f'= {p}'}"
+            p = p_phrase(result.p_holm, family)
             seen = f"95 % interval {signed(d.low)} to {signed(d.high)}, {p}, {d.n} seeds"
             seen = f" ({seen})" if result.is_clear else f" (difference {signed(d.mean)}, {seen})"
         if result.is_clear:
@@ -147,10 +146,10 @@ def headlines(results, comparisons):
     sentences = [f"As the arms' own files set them: {text}" for text in planned]
     found = verdicts(results.best_pairs, comparisons)
     if results.tuned_fields:
+        counts = [[len(results.candidates(cell)) for cell in pair] for pair in results.best_pairs]
         found = [
-            f"Best of {len(results.rivals(cell))} points against best of {len(results.rivals(control))}, chosen by "
-            f"these losses: {text}"
-            for (cell, control), text in zip(results.best_pairs, found, strict=True)
+            f"Best of {ours} points against best of {theirs}, chosen by these losses: {text}"
+            for (ours, theirs), text in zip(counts, found, strict=True)
         ]
     compared = [cell for cell, _ in results.best_pairs]
     for cell in results.best:
@@ -163,29 +162,34 @@ def headlines(results, comparisons):
 
 def trends(results):
     """A sentence for each arm and size field: what a doubling does to the difference between best points."""
-    sentences = []
+    found = []  # (what it is about, Mean of the slopes, sizes that count, sizes that do not)
     for name in results.size_fields:
-        groups = {}  # (arm, its control, the other sizes) -> size -> seed -> difference
+        groups = {}  # (arm, its control, the other sizes as text) -> size -> seed -> difference
         for cell, control in results.best_pairs:
             size = results.size(cell)
-            others = tuple(value for other, value in size.items() if other != name)
-            found = groups.setdefault((cell.arm, control.arm, *others), {})
-            found[size[name]] = {
+            others = point_text({other: value for other, value in size.items() if other != name})
+            groups.setdefault((cell.arm, control.arm, others), {})[size[name]] = {
                 seed: loss - control.losses[seed] for seed, loss in cell.losses.items() if seed in control.losses
             }
-        for (arm, control, *others), by_size in groups.items():
-            if len(by_size) < 2 or not all(is_number(size) and size > 0 for size in by_size):
+        for (arm, control, others), by_size in groups.items():
+            if not all(is_number(size) and size > 0 for size in by_size):
                 continue
-            change = comparison.slope(by_size)
-            if change.n < 2:
+            known = {size: differences for size, differences in by_size.items() if len(differences) > 1}
+            if len(known) < 2 or len(set.intersection(*map(set, known.values()))) < 2:
                 continue
-            verdict = "not distinguishable from none" if change.p >= 1 - comparison.CONFIDENCE else "a trend"
-            where = f" (with {', '.join(map(value_text, others))})" if others else ""
-            sentences.append(
-                f"{arm} − {control}{where} changes by {signed(change.mean)} a doubling of {name} (95 % interval "
-                f"{signed(change.low)} to {signed(change.high)}, p = {p_text(change.p)}, {change.n} seeds, "
-                f"{len(by_size)} sizes): {verdict}."
-            )
+            about = f"{arm} − {control}" + f" (with {others})" * bool(others), name
+            found.append((about, comparison.slope(known), list(known), [size for size in by_size if size not in known]))
+    adjusted = comparison.holm([change.p for _, change, _, _ in found])
+    sentences = []
+    for ((pair, name), change, sizes, left_out), p in zip(found, adjusted, strict=True):
+        verdict = "a trend" if p < 1 - comparison.CONFIDENCE and change.sd > 0 else "not distinguishable from none"
+        sentences.append(
+            f"{pair} changes by {signed(change.mean)} a doubling of {name} (95 % interval {signed(change.low)} to "
+            f"{signed(change.high)}, {p_phrase(p, len(found))}, {change.n} seeds, {len(sizes)} sizes"
+            + f"; {', '.join(map(value_text, left_out))} left out, with too few seeds" * bool(left_out)
+            + "; between points chosen by these losses" * bool(results.tuned_fields)
+            + f"): {verdict}."
+        )
     return sentences
 
 
@@ -229,20 +233,24 @@ def tuning_notes(results):
     """Where each arm's best point is, whether that is the edge of the grid, and what choosing it did to the losses."""
     notes = []
     for cell in results.best:
-        text, tried, planned = (
-            f"{cell.arm} is best at {point_text(cell.point)}",
-            *(len(results.rivals(cell, planned)) for planned in (False, True)),
-        )
-        seeds = len(common_seeds(results.rivals(cell)))
-        if tried < planned:
-            text += f", of the {tried} of {planned} points that have a finished run: provisional"
+        points, candidates = results.points(cell), results.candidates(cell)
+        text = f"{cell.arm} is best at {point_text(cell.point)}"
+        missing = sum(not point.runs and not point.n_diverged for point in points)
+        diverged = sum(point.n_diverged > 0 for point in points)
+        if diverged:
+            text += f"; points with a run that diverged, which are no candidates: {diverged} of {len(points)}"
+        if missing:
+            text += f"; points without a finished run: {missing} of {len(points)}, so this is provisional"
         elif edge := results.at_the_edge(cell):
             text += (
                 f". Warning: {' and '.join(edge)} {'is' if len(edge) == 1 else 'are'} at the edge of the grid there, "
                 "so that the optimum may lie outside: extend the grid"
             )
-        if seeds < max(len(other.runs) for other in results.rivals(cell)):
-            text += f". It was chosen by the {seeds} seeds that all points have" if seeds else ""
+        if len(common := common_seeds(candidates)) < max(len(point.runs) for point in candidates):
+            seeds = f"the seeds that all points have: {', '.join(str(seed) for seed, _ in common)}"
+            text += (
+                f". Chosen by {seeds if common else 'the mean of whatever seeds a point has, as none is everywhere'}"
+            )
         notes.append(text + ".")
     notes.append(
         "Best against best is the fair comparison, but each best point was chosen by the very losses that are then "
@@ -310,7 +318,7 @@ def setting(results):
         "commit": values(lambda r: r.facts["git_commit"]),
         "torch": values(lambda r: r.facts["versions"]["torch"]),
         "device": values(lambda r: r.facts["device"]),
-        "dtype": values(lambda r: r.facts["dtype"]),
+        "dtype": values(lambda r: r.precision),
     }
     sentences = [
         f"{len(results.runs)} finished runs on {first.config['dataset']} ({data}): {' or '.join(sizes)}; "
@@ -320,13 +328,9 @@ def setting(results):
     mixed = [name for name, found in made.items() if len(found) > 1]
     diverged = sum(why.startswith("diverged") for _, why in results.unfinished)
     if diverged:
-        sentences.append(
-            f"{diverged} more runs diverged and are in no number here: what is said of their arms and points is of the "
-            "seeds that did not."
-        )
-    if len(results.unfinished) > diverged:
-        left = len(results.unfinished) - diverged
-        sentences.append(f"{left} more runs are not finished: what is said here is provisional.")
+        sentences.append(f"Runs that diverged, and are in no number here: {diverged}.")
+    if left := len(results.unfinished) - diverged:
+        sentences.append(f"Runs that are not finished: {left}. What is said here is provisional.")
     if mixed:
         sentences.append(f"Warning: not all runs have the same {' and '.join(mixed)}; runs.csv says which has which.")
     return sentences
@@ -375,6 +379,12 @@ def signed(value):
 def with_interval(mean, text="{:.4f}".format):
     """A comparison.Mean with half of its interval: '1.9135 ± 0.0102'; without it for one seed."""
     return text(mean.mean) + ("" if mean.half_width is None else f" ± {mean.half_width:.4f}")
+
+
+def p_phrase(p, family):
+    """A p-value in a sentence, one of a family of so many: 'p = 0.031', 'p (Holm) < 0.0001'."""
+    text = p_text(p)
+    return f"{'p (Holm)' if family > 1 else 'p'} {text if '<' in text else f'= {text}'}"
 
 
 def p_text(p):

@@ -213,6 +213,11 @@ def has_diverged(run):
     return (Path(run) / "nonfinite.json").exists() and not is_finished(run)
 
 
+def has_ended(run):
+    """Whether a run folder's run needs no more work."""
+    return is_finished(run) or has_diverged(run)
+
+
 def state(run):
     """How the run in a run folder stands: one of STATES, from its files and its lock."""
     if is_finished(run):
@@ -262,7 +267,6 @@ class Execution:
         self.todo = list(runs)
         self.workers = []
         self.failed = {}  # run -> why
-        self.diverged = []  # now or before: not tried again
         # A failure from before is tried again; one that another execution meets meanwhile is not.
         self.old_notes = {run: read_note(lock_path(run.folder)) for run in runs}
         self.flops = {run: run.flops for run in runs}
@@ -295,7 +299,7 @@ class Execution:
     def start(self):
         """Start runs while there are free slots; leave out what has ended and what another execution works on."""
         for run in list(self.todo):
-            if self.has_ended(run):
+            if has_ended(run.folder):
                 self.todo.remove(run)
             elif len(self.workers) < self.jobs:
                 run.folder.mkdir(parents=True, exist_ok=True)
@@ -304,7 +308,7 @@ class Execution:
                     continue
                 self.todo.remove(run)
                 note = read_note(lock_path(run.folder))
-                if self.has_ended(run):  # by another execution, since we looked
+                if has_ended(run.folder):  # by another execution, since we looked
                     os.close(lock)
                 elif has_failed(note) and note != self.old_notes[run]:
                     os.close(lock)
@@ -312,12 +316,10 @@ class Execution:
                 else:
                     self.workers.append(self.spawn(run, lock))
 
-    def has_ended(self, run):
-        """Whether a run is finished or has diverged, which is noted."""
-        if has_diverged(run.folder):
-            self.diverged.append(run)
-            return True
-        return is_finished(run.folder)
+    @property
+    def diverged(self):
+        """The runs that diverged, now or before: they are not tried again."""
+        return [run for run in self.runs if has_diverged(run.folder)]
 
     def spawn(self, run, lock):
         """Start a run's process. It inherits the lock, and so keeps it should this process be killed."""
@@ -351,7 +353,7 @@ class Execution:
             self.workers.remove(worker)
             write_note(worker.lock, pid=worker.process.pid, exit_status=status, ended=runlog.now())
             os.close(worker.lock)
-            if self.has_ended(worker.run):
+            if has_ended(worker.run.folder):
                 continue
             if stopping and status in STOPPED:
                 self.todo.append(worker.run)

@@ -179,15 +179,24 @@ def plan(cfg, options):
     return runs, content
 
 
-def share(runs, n_arms, index, of):
-    """The runs of one of `of` shares of a plan: all arms of a seed and point together, so that each can be compared.
+def share(runs, entries, index, of):
+    """The runs of one of `of` shares of a plan: an arm, its control and what else is compared with that together.
 
-    Single runs are shared out only where there are fewer such groups than shares.
+    entries: those of study.json, of which the plan has the runs of one seed after those of another. Single runs are
+    shared out only where there are fewer such groups than shares.
     """
-    groups = [runs[start : start + n_arms] for start in range(0, len(runs), n_arms)]
-    if len(groups) < of:
-        groups = [[run] for run in runs]
-    return [run for group in groups[index::of] for run in group]
+    control = {entry["arm"]: entry["control"] for entry in entries}
+    groups = {}
+    for i, run in enumerate(runs):
+        entry = entries[i % len(entries)]
+        arm = entry["arm"]
+        while control.get(arm, arm) != arm:
+            arm = control[arm]
+        groups.setdefault((run.seed, str(entry["point"]), arm), []).append(run)
+    if len(groups) >= of:
+        return [run for group in list(groups.values())[index::of] for run in group]
+    ends = [len(runs) * i // of for i in (index, index + 1)]
+    return [run for group in groups.values() for run in group][slice(*ends)]
 
 
 def make_run(folder, entry, seed):
@@ -346,14 +355,15 @@ def watch(folder, seconds):
 def sweep(cfg, options=()):
     """Run a study as cfg, a SweepConfig, says; options: arguments of train.py for every run. The exit status.
 
-    0: all runs of this share are finished; 1: some failed or diverged; 130: stopped. Raises ValueError before any.
+    0: all runs of this share are finished; 1: some failed or diverged; 130: stopped. Raises ValueError before the
+    first of them starts.
     """
     folder = study_folder(cfg)
     if cfg.watch:
         watch(folder, cfg.watch)
         return 0
     runs, content = plan(cfg, list(options))
-    mine = share(runs, len({entry["arm"] for entry in content["arms"]}), cfg.index, cfg.of)
+    mine = share(runs, content["arms"], cfg.index, cfg.of)
     for run in runs:
         check_folder(run)
     if cfg.dry_run:
@@ -383,10 +393,10 @@ def sweep(cfg, options=()):
         return 130
     if work.failed:
         print(f"{len(work.failed)} of {len(mine)} runs did not end; the same command tries them again")
-    if not result:
         return 1
-    print(f"all {len(mine)} runs are finished; compare them with: python report.py {folder}")
-    return 0
+    finished = f"{len(mine) - len(work.diverged)} of {len(mine)}" if work.diverged else f"all {len(mine)}"
+    print(f"{finished} runs are finished; compare them with: python report.py {folder}")
+    return 0 if result else 1
 
 
 def main(argv):

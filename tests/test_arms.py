@@ -148,11 +148,31 @@ def test_the_best_point_is_chosen_by_the_seeds_that_all_points_have(tmp_path):
     assert arms.lowest(results.cells) is results.cells[0]  # no seed is everywhere, and each has one: the lowest of all
 
 
+def test_a_point_with_a_diverged_run_is_no_candidate_and_takes_no_seed_from_the_others(tmp_path):
+    rates = [0.001, 0.002, 0.004]
+    study = write_study(
+        tmp_path / "s", {"a": {}}, lambda arm, seed, learning_rate: 3 - 100 * learning_rate, {"learning_rate": rates}
+    )
+    for seed in (2, 3):
+        run = study / f"a,learning_rate=0.004/seed{seed}"
+        (run / "summary.json").rename(run / "nonfinite.json")
+    results = arms.load([study])
+    (best,) = results.best
+    assert best.point == {"learning_rate": 0.002}
+    assert results.at_the_edge(best) == []
+    assert len(results.left_out_losses(best)) == 3
+    assert [cell.n_diverged for cell in results.planned] == [0, 0, 2]
+
+
 def test_two_precisions_are_not_one_arm(tmp_path):
     folders = [write_run(tmp_path / f"a{seed}", seed, 2.0) for seed in (1, 2)]
     path = folders[1] / "run.json"
     path.write_text(path.read_text().replace("float32", "bfloat16"))
     with pytest.raises(ValueError, match=r"a1 is in float32 and .*a2 in bfloat16"):
+        arms.load(folders)
+    facts = json.loads(path.read_text()) | {"segments": [{"dtype": "float32"}, {"dtype": "bfloat16"}]}
+    path.write_text(json.dumps(facts))  # resumed in another
+    with pytest.raises(ValueError, match=r"a2 in float32, bfloat16"):
         arms.load(folders)
 
 

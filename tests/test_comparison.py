@@ -107,6 +107,9 @@ def test_verdicts_in_words():
     needed, least, most = (comparison.seeds_needed(value) for value in (sd, *ends))
     expected = f"about {needed} ({least} to {most}) would be needed to see a difference of 0.01"
     assert verdict(*d) == f"not distinguishable with 3 seeds; {expected}"
+    assert verdict(0.002, -0.001, 0.002) == (
+        "not distinguishable with 3 seeds, which may do for a difference of 0.01 (3 to 12 are needed)"
+    )
     assert verdict(1e-4, -1e-4, 1e-4) == "not distinguishable with 3 seeds, which would do for a difference of 0.01"
     assert verdict(0.02, 0.03, 0.025, family=1) == "worse"
     assert "among so many comparisons" in verdict(0.02, 0.03, 0.025, family=20)

@@ -221,3 +221,14 @@ def test_zero_has_a_place_on_a_logarithmic_axis():
     assert drawing.places([0, 0.01, 0.02, 0.1]) == ([0.005, 0.01, 0.02, 0.1], True)
     assert drawing.places([1, 2, 4]) == ([1, 2, 4], False)
     assert drawing.places(["gelu", "relu"]) == ([0, 1], False)
+
+
+def test_a_far_value_that_a_wide_bar_keeps_in_view_gets_no_arrow(tmp_path):
+    figure = drawing.new_figure(4, 3)
+    panel = figure.subplots()
+    wide = comparison.Mean(2, 2.2, 0.5, -2.8, 7.2, 0.5)
+    means = [wide, *(comparison.Mean(1, loss) for loss in (2.21, 2.22, 2.9))]
+    low, high = drawing.fit(panel, [(i, mean, "black", "text") for i, mean in enumerate(means)], least=0.22)
+    assert low < -2.8 and high > 7.2
+    assert texts(panel) == []
+    drawing.save(figure, tmp_path / "figure.png")

@@ -316,9 +316,21 @@ def test_a_study_that_is_half_done_says_so_and_has_no_edge(tmp_path):
             path.unlink()
         Path(folder, f"{arm},learning_rate=0.001/seed3/summary.json").unlink()
     _, notes = sentences(folder)
-    assert notes[0].startswith("a is best at learning_rate 0.002, of the 2 of 3 points that have a finished run")
-    assert "chosen by the 2 seeds that all points have" in notes[0]
+    assert notes[0].startswith(
+        "a is best at learning_rate 0.002; points without a finished run: 1 of 3, so this is prov"
+    )
+    assert "Chosen by the seeds that all points have: 1, 2." in notes[0]
     assert not any("edge" in note for note in notes)
+
+
+def test_a_point_that_diverged_is_told_and_leaves_the_lower_edge_an_edge(tmp_path):
+    rates = {"learning_rate": [0.001, 0.002, 0.004]}
+    folder = write_study(tmp_path / "s", {"a": {}}, lambda arm, seed, learning_rate: 2 + learning_rate, rates)
+    for path in folder.glob("a,learning_rate=0.004/*/summary.json"):
+        path.rename(path.with_name("nonfinite.json"))
+    _, notes = sentences(folder)
+    assert notes[0].startswith("a is best at learning_rate 0.001; points with a run that diverged, which are no candi")
+    assert "provisional" not in notes[0] and "at the edge of the grid" in notes[0]
 
 
 def test_the_arms_own_settings_are_compared_beside_the_best(tmp_path):
@@ -347,6 +359,14 @@ def test_a_difference_that_closes_with_size_is_told(tmp_path):
         return 3 + seed / 10 + (gap if arm == "b" else 0) + generator.normal(0, 1e-3)
 
     folder = write_study(tmp_path / "s", {"a": {}, "b": REDUCED}, loss, {"max_iters": [10, 20, 40]})
+    for seed in (2, 3):
+        Path(folder, f"b,max_iters=40/seed{seed}/summary.json").unlink()  # this size has too few seeds yet
+    (*_, trend), _ = sentences(folder)
+    assert "3 seeds, 2 sizes; 40 left out, with too few seeds): a trend" in trend
+    loss_of = {seed: loss("b", seed, 40) for seed in (2, 3)}
+    for seed, value in loss_of.items():
+        write_run(tmp_path / f"again{seed}", seed, value, **REDUCED, max_iters=40)
+        (tmp_path / f"again{seed}/summary.json").rename(folder / f"b,max_iters=40/seed{seed}/summary.json")
     (*_, trend), _ = sentences(folder)
     assert re.match(r"b − a changes by −0\.0(19|20)\d+ a doubling of max_iters .*3 seeds, 3 sizes\): a trend\.", trend)
 
@@ -392,7 +412,7 @@ def test_diverged_runs_are_counted_apart_from_what_is_still_to_come(tmp_path):
     results = arms.load(folders)
     assert [why for _, why in results.unfinished] == ["not finished, step 40 of 40", "diverged, step 40 of 40"]
     text = " ".join(sections.setting(results))
-    assert "1 more runs diverged" in text and "1 more runs are not finished" in text
+    assert "Runs that diverged, and are in no number here: 1." in text and "Runs that are not finished: 1." in text
 
 
 @pytest.fixture

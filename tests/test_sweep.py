@@ -29,6 +29,7 @@ from train_config import NO_PART_OF_RESULT, TrainConfig
 ROOT = Path(sweep.__file__).parent
 STUDIES = sorted(ROOT.glob("config/study_*.py"))
 
+NORMS = ("layernorm", "rmsnorm", "none")
 TWO_ARMS = """
 arms = {"baseline": "", "reduced": "--wq_identity --attn_scale=0.5"}
 control = "baseline"
@@ -319,8 +320,8 @@ def test_the_arms_of_a_seed_come_before_the_next_seed_and_pairs_side_by_side(fil
 
 @pytest.mark.parametrize("of", range(1, 14))
 def test_shares_hold_every_run_once_and_all_arms_together(files, of):
-    runs, _ = plan(*files(TWO_ARMS + "grid = {'beta1': [0.5, 0.9]}"))
-    shares = [sweep.share(runs, 2, index, of) for index in range(of)]
+    runs, content = plan(*files(TWO_ARMS + "grid = {'beta1': [0.5, 0.9]}"))
+    shares = [sweep.share(runs, content["arms"], index, of) for index in range(of)]
     assert sorted(run.label for share in shares for run in share) == sorted(run.label for run in runs)
     sizes = [len(share) for share in shares]
     assert max(sizes) - min(sizes) <= (2 if of <= 6 else 1)
@@ -330,6 +331,19 @@ def test_shares_hold_every_run_once_and_all_arms_together(files, of):
             arm, _, point = run.name.partition(",")
             groups.setdefault((point, run.seed), set()).add(arm)
         assert set(map(frozenset, groups.values())) == {frozenset({"baseline", "reduced"})}
+
+
+@pytest.mark.parametrize("of", [2, 3, 4, 6])
+def test_a_share_holds_pairs_where_each_arm_has_a_control_of_its_own(files, of):
+    arms = {f"{name}-{arm}": f"--norm={name}{' --wq_identity' * (arm == 'b')}" for name in NORMS for arm in "ab"}
+    control = {f"{name}-b": f"{name}-a" for name in NORMS}
+    runs, content = plan(*files(f"arms = {arms}\ncontrol = {control}\nseeds = [1, 2]"))
+    shares = [sweep.share(runs, content["arms"], index, of) for index in range(of)]
+    assert sorted(run.label for share in shares for run in share) == sorted(run.label for run in runs)
+    for share in shares:
+        assert {(run.seed, run.name[:-2]) for run in share if run.name[-1] == "a"} == {
+            (run.seed, run.name[:-2]) for run in share if run.name[-1] == "b"
+        }
 
 
 def test_braces_stand_for_the_size_and_values_bring_arguments_along(files):
