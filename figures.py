@@ -337,7 +337,7 @@ def cost(results, training_flops, path):
 
 
 def _pair_names(arms, pairs):
-    """arm -> the name of its pair: what both names begin with (rope of rope-baseline and rope-reduced), or the arm's.
+    """arm -> the name of its pair: what both names begin with (rope of rope-baseline and rope-reduced), or both names.
 
     A control of several arms has its own name.
     """
@@ -349,7 +349,10 @@ def _pair_names(arms, pairs):
             names[cell.arm] = words[1]
     counts = Counter(names.values())
     names = {arm: name if counts[name] == 1 else arm for arm, name in names.items()}
-    return names | {control: names[arm] for control, (arm, *others) in compared.items() if not others}
+    for control, (arm, *others) in compared.items():
+        if not others:
+            names[arm] = names[control] = f"{control} / {arm}" if names[arm] == arm else names[arm]
+    return names
 
 
 def diagnostics(cell, control, path):
