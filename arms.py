@@ -49,11 +49,6 @@ class Run:
         segments = [segment["dtype"] for segment in self.facts.get("segments", []) if segment.get("dtype")]
         return ", ".join(dict.fromkeys(segments or [str(self.facts.get("dtype"))]))
 
-    @property
-    def cost(self):
-        """(parameters, those of attention and MLP, training tokens): what makes one model or training larger."""
-        return *self.facts["parameters"].values(), self.summary["tokens"]
-
 
 @dataclass
 class Cell:

@@ -136,12 +136,11 @@ class Model(timing.Arm):
         generator = torch.Generator().manual_seed(0)
         prompt = torch.randint(cfg.vocab_size, (batch_size, cfg.decode_prompt), generator=generator).to(self.device)
         dtype = self.decoding_dtype
-        autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
         @torch.no_grad()
         def call():
             model.eval()
-            with autocast:
+            with parallel.autocast(self.device, dtype):
                 if not cached:
                     tokens = uncached(model, prompt, n_new)
                 elif isinstance(model, peer.HuggingFaceGPT2):
@@ -163,11 +162,6 @@ def uncached(model, idx, n_new):
         logits, _ = model(idx)
         idx = torch.cat((idx, logits[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
     return idx
-
-
-def name_of(dtype):
-    """A torch.dtype's name: 'bfloat16'."""
-    return str(dtype).removeprefix("torch.")
 
 
 def write_synthetic(folder, cfg):
@@ -246,7 +240,7 @@ def measure(cfg, timed):
         timings[what] = timing.interleave(works, cfg.repeats, cfg.warmup, cfg.min_seconds)
     for dtype in dtypes:  # should something else have disturbed one of the two, the other is what the device can do
         products[dtype] = max(products[dtype], hardware.matrix_product_flops(run.device, dtype))
-    reached = ", ".join(f"{products[dtype] / 1e12:,.2f} TFLOP/s in {name_of(dtype)}" for dtype in dtypes)
+    reached = ", ".join(f"{products[dtype] / 1e12:,.2f} TFLOP/s in {parallel.dtype_name(dtype)}" for dtype in dtypes)
     if reached:
         facts["large matrix product"] = f"{reached}, measured in this run"
     facts |= conditions(cfg, timed, models)
@@ -284,9 +278,10 @@ def conditions(cfg, timed, models):
         "turns": f"{cfg.repeats} of each, in turn: median [middle half]; ratios are of turns in the same round",
     }
     if "decode" in cfg.only and cfg.causal:
+        dtype = parallel.dtype_name(models["baseline"].decoding_dtype)
         said["decoding"] = (
             f"{cfg.decode_tokens} tokens after a prompt of {cfg.decode_prompt}, greedy, the prompt's time included, "
-            f"in {name_of(models['baseline'].decoding_dtype)}, {'compiled' if cfg.decode_compile else 'not compiled'}"
+            f"in {dtype}, {'compiled' if cfg.decode_compile else 'not compiled'}"
         )
     return said
 
@@ -340,7 +335,7 @@ def notes(cfg, models, rows):
             f"{cfg.mlp_ratio * cfg.n_expert_active:g}, {operations:.2f} times fewer operations)."
         )
     if cfg.peer == "hf":
-        dtype = name_of(models["Hugging Face"].run.dtype)
+        dtype = parallel.dtype_name(models["Hugging Face"].run.dtype)
         found.append(
             f"Hugging Face: GPT2LMHeadModel with SDPA, in the same loop, with the same optimizer, in {dtype}; it "
             "has biases, and its own loss in training and its own generate, greedy, in decoding."

@@ -22,6 +22,7 @@ import torch
 import checkpoint
 import configurator
 import data
+import parallel
 import runlog
 from theory import reparametrize, trained_model
 
@@ -152,7 +153,7 @@ def compare(models, x, y):
             row["after"] += new_loss.double().sum().item()
     n_targets = (y >= 0).sum().item()
     return {
-        str(dtype).removeprefix("torch."): {
+        parallel.dtype_name(dtype): {
             "difference": row["difference"],
             "relative": row["difference"] / row["largest"],
             "rounding": row["rounding"] / row["largest"],

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+import parallel
 import runlog
 
 KERNELS = {"cudnn": "cuDNN", "flash": "FlashAttention", "efficient": "memory-efficient", "math": "plain"}
@@ -63,7 +64,7 @@ def device_name(device):
 
 def peak_flops(name, dtype):
     """The datasheet's operations a second of the device called name in a torch.dtype; None where it is not known."""
-    number_format = str(dtype).removeprefix("torch.")
+    number_format = parallel.dtype_name(dtype)
     if number_format == "float32" and torch.get_float32_matmul_precision() != "highest":
         number_format = "tf32"
     return DATASHEETS[name].peak.get(number_format) if name in DATASHEETS else None
@@ -168,7 +169,7 @@ def facts(device, dtype, config, compiled):
         "threads": str(torch.get_num_threads()),
         "versions": ", ".join(f"{library} {version}" for library, version in versions.items()),
         "CUDA": torch.version.cuda or "n/a",
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": parallel.dtype_name(dtype),
         "compiled": "yes" if compiled else "no",
         "attention": attention_backend(device, dtype, config),
     }

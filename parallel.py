@@ -180,6 +180,16 @@ def choose_dtype(name, device, config, decoding=False):
     return torch.bfloat16 if pays and torch.cpu._is_amx_tile_supported() else torch.float32
 
 
+def autocast(device, dtype):
+    """The context in which matrix products on a torch.device are in dtype; float32 is no change."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def dtype_name(dtype):
+    """A torch.dtype's name without its module: 'bfloat16'."""
+    return str(dtype).removeprefix("torch.")
+
+
 def choose_loss(chunked, device, dtype, compiled):
     """`linear_cross_entropy`, or None for the loss from all logits at once; chunked: TrainConfig's chunked_loss.
 

@@ -187,7 +187,7 @@ def facts(run):
         "data": {"fingerprint": run.bins.fingerprint, "tokenizer": run.bins.manifest["tokenizer"]},
         "device": parallel.describe_device(run.device),
         "processes": run.world.size,
-        "dtype": str(run.dtype).removeprefix("torch."),
+        "dtype": parallel.dtype_name(run.dtype),
     }
 
 

@@ -85,13 +85,12 @@ def sample(cfg):
     device = parallel.choose_device(cfg.device)
     model = checkpoint.build_model(state).to(device).eval()
     dtype = parallel.choose_dtype(cfg.dtype, device, model.config, decoding=True)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     print(f"{folder / cfg.ckpt}, step {state['step']}", file=sys.stderr)
 
     with (
         tqdm(total=cfg.num_samples * cfg.max_new_tokens, unit="token", disable=not sys.stderr.isatty()) as bar,
-        autocast,
+        parallel.autocast(device, dtype),
         parallel.prefer_attention(device),
     ):
         tokens = decode.generate(

@@ -367,7 +367,7 @@ def unfinished_runs(results, most=12):
 
 
 def millions(count):
-    """A number of parameters as Table 2 prints them: 124.4M, 0.780M."""
+    """A number of parameters or tokens, as Table 2 prints them: 124.4M, 0.780M."""
     return f"{count / 1e6:.1f}M" if count >= 10e6 else f"{count / 1e6:.3f}M"
 
 

@@ -189,10 +189,11 @@ def share(runs, entries, index, of):
     groups = {}
     for i, run in enumerate(runs):
         entry = entries[i % len(entries)]
-        arm = entry["arm"]
-        while control.get(arm, arm) != arm:
-            arm = control[arm]
-        groups.setdefault((run.seed, str(entry["point"]), arm), []).append(run)
+        chain = [entry["arm"]]
+        while control[chain[-1]] not in chain:  # two arms may be each other's control
+            chain.append(control[chain[-1]])
+        root = chain[-1] if control[chain[-1]] == chain[-1] else min(chain)
+        groups.setdefault((run.seed, str(entry["point"]), root), []).append(run)
     if len(groups) >= of:
         return [run for group in list(groups.values())[index::of] for run in group]
     ends = [len(runs) * i // of for i in (index, index + 1)]

@@ -134,7 +134,7 @@ class Trainer:
         self.fast_model, self.synchronise = parallel.spread(
             self.model, self.compiled, cfg.shard, self.world, self.device
         )
-        self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        self.autocast = parallel.autocast(self.device, self.dtype)
         self.optimizer = make_optimizer(self.model, cfg, self.device.type)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.step, self.best_val_loss = 0, math.inf
