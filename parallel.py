@@ -164,19 +164,20 @@ def choose_device(name):
     return device
 
 
-def choose_dtype(name, device, config, decoding=False):
+def choose_dtype(name, device, config, n_decoded=None):
     """The torch.dtype of matrix products; 'auto': the fastest that is safe on this device, for this GPTConfig.
 
-    decoding: to generate text, not to train or evaluate.
+    n_decoded: sequences at once of a text that is generated; None: to train or evaluate.
     """
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     # bfloat16 pays on a CPU with AMX unless matrices are small. Training: 128 × 512 gained (1.6 times), 64 × 320 lost
-    # (0.93). Decoding: 384 × 50,304 gained (1.3 to 2.3 times at 8 sequences), 128 × 512 lost (0.6 to 0.9).
+    # (0.93). Decoding: 384 × 50,304 gained at 4 sequences and more (1.2 to 1.5 times) and lost at 1 to 3 (0.6 to 0.96),
+    # 128 × 512 lost at 8 (0.6 to 0.9).
     largest = config.n_embd * max(config.vocab_size, 4 * config.n_embd)
-    pays = largest >= (2**18 if decoding else 2**16)
+    pays = largest >= 2**16 if n_decoded is None else n_decoded >= 4 and largest >= 2**18
     return torch.bfloat16 if pays and torch.cpu._is_amx_tile_supported() else torch.float32
 
 

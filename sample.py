@@ -35,7 +35,7 @@ class SampleConfig:
     seed: int = 1337  # of the draws
     device: str = "auto"  # cpu, cuda, cuda:1, …; auto: cuda where there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: the fastest safe one
-    compile: bool = False  # torch.compile: half a minute to begin with, faster tokens after it
+    compile: bool = False  # torch.compile: up to a minute to begin with, faster tokens after it
 
     def __post_init__(self):
         for name in ("num_samples", "max_new_tokens", "top_k"):
@@ -84,7 +84,8 @@ def sample(cfg):
     prompt = tokenizer.encode_ordinary(prompt_text(cfg.start)) or [tokenizer.eot_token]
     device = parallel.choose_device(cfg.device)
     model = checkpoint.build_model(state).to(device).eval()
-    dtype = parallel.choose_dtype(cfg.dtype, device, model.config, decoding=True)
+    dtype = parallel.choose_dtype(cfg.dtype, device, model.config, n_decoded=cfg.num_samples)
+    decode.lay_out(model, one_sequence=cfg.num_samples == 1 and dtype == torch.float32)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     print(f"{folder / cfg.ckpt}, step {state['step']}", file=sys.stderr)
 

@@ -76,6 +76,21 @@ def test_samples_of_a_prompt_share_its_prefill():
     assert torch.equal(greedy[::2], uncached(model, idx, 6))
 
 
+@pytest.mark.parametrize("changes", ARCHITECTURES, ids=str)
+def test_the_layout_of_the_weights_changes_their_order_in_memory_alone(changes):
+    model = make(**changes)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    parameters, idx = dict(model.named_parameters()), torch.randint(97, (1, 7))
+    expected = uncached(model, idx, 10)
+    decode.lay_out(model, one_sequence=True)
+    assert model.lm_head.weight.stride() == (1, 97) and not model.lm_head.weight.is_contiguous()
+    assert torch.equal(decode.generate(model, idx, 10, temperature=0), expected)
+    decode.lay_out(model, one_sequence=False)
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter is parameters[name] and torch.equal(parameter, before[name])
+
+
 def test_under_autocast_the_cache_is_bfloat16():
     model = make(wq_identity=True, wv_identity=True)
     idx = torch.randint(97, (2, 10))
@@ -85,16 +100,28 @@ def test_under_autocast_the_cache_is_bfloat16():
             cache.advance(chunk.size(1))
             logits, _ = model(chunk, cache=cache)
         expected, _ = model(idx)
-    assert cache.tensors.dtype == torch.bfloat16
+    assert {kept.dtype for layer in cache.tensors for kept in layer} == {torch.bfloat16}
     torch.testing.assert_close(logits.float(), expected.float(), rtol=0.05, atol=0.05 * expected.abs().max().item())
 
 
-def test_compiled_steps_give_the_same_tokens(monkeypatch):
-    compiled = torch.compile  # its code generator takes a minute and adds nothing here
-    monkeypatch.setattr(torch, "compile", lambda model, mode: compiled(model, backend="aot_eager", fullgraph=True))
+def test_compiled_steps_give_the_same_tokens_and_compile_once(monkeypatch):
+    compiled, graphs, numbers = torch.compile, [], []
+
+    def backend(graph, inputs):  # the code generator of the default takes a minute and adds nothing here
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    def compile_here(model, dynamic, options):
+        return compiled(model, backend=backend, dynamic=dynamic, fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", compile_here)
     model = make(wq_identity=True, pos="rope")
     idx = torch.randint(97, (1, 4))
-    assert torch.equal(decode.generate(model, idx, 12, temperature=0, compile_step=True), uncached(model, idx, 12))
+    tokens = decode.generate(
+        model, idx, 20, temperature=0, compile_step=True, progress=lambda _: numbers.append(len(graphs))
+    )
+    assert torch.equal(tokens, uncached(model, idx, 20))
+    assert numbers[0] == 0 < numbers[1] == numbers[-1]  # the prompt, the first step, all others
 
 
 @settings(max_examples=50, deadline=None)

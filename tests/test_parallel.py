@@ -152,12 +152,13 @@ def test_recomputation_keeps_less(tiny):
 def test_auto_is_bfloat16_on_a_cpu_where_that_was_measured_to_be_faster(monkeypatch, amx):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     cpu, fast = torch.device("cpu"), torch.bfloat16 if amx else torch.float32
-    for n_embd, vocab_size, decoding, expected in (
-        (64, 320, False, torch.float32),
-        (128, 320, False, fast),
-        (128, 320, True, torch.float32),
-        (384, 50304, True, fast),
+    for n_embd, vocab_size, n_decoded, expected in (
+        (64, 320, None, torch.float32),
+        (128, 320, None, fast),
+        (128, 320, 8, torch.float32),
+        (384, 50304, 1, torch.float32),
+        (384, 50304, 4, fast),
     ):
         config = GPTConfig(n_embd=n_embd, n_head=4, vocab_size=vocab_size)
-        assert parallel.choose_dtype("auto", cpu, config, decoding) == expected
-        assert parallel.choose_dtype("float16", cpu, config, decoding) == torch.float16
+        assert parallel.choose_dtype("auto", cpu, config, n_decoded) == expected
+        assert parallel.choose_dtype("float16", cpu, config, n_decoded) == torch.float16
