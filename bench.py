@@ -10,6 +10,7 @@ evaluated and what it logs has no effect. Nothing stays but what --json, --profi
 """
 
 import dataclasses
+import functools
 import gc
 import tempfile
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ import parallel
 import peer
 import planning
 import profiling
+import speed_table
 import timing
 import train
 from cost import cost
@@ -34,6 +36,7 @@ from train_config import TrainConfig
 
 PeerDtype = Literal["same", "float32", "bfloat16", "float16"]
 PARTS = ("train", "eval", "decode", "loader")
+Part, Peer = Literal[PARTS], Literal[tuple(peer.NAMES)]
 PROFILED_MICRO_BATCHES = 3  # or those of one step, if it has more
 # Fields that ask for what a benchmark does not do, and the value that does not.
 REFUSED = dict(resume=False, eval_only=False, diagnostics=False, wandb_log=False, init_from="scratch", shard="none")
@@ -44,9 +47,10 @@ class BenchConfig(TrainConfig):
     """What to measure: the run of TrainConfig, and this."""
 
     out_dir: str | None = None  # where table.md goes, and traces with --profile; none: nowhere, traces to out/bench
-    only: tuple[str, ...] = PARTS  # what to measure: train, eval, decode, loader
-    peer: Literal["none", "hf"] = "none"  # hf: Hugging Face's GPT-2, too
-    peer_dtype: PeerDtype = "same"  # of the matrix products of the peer; same: as ours
+    only: tuple[Part, ...] = PARTS  # what to measure: train, eval, decode, loader
+    peer: tuple[Peer, ...] = ()  # hf: Hugging Face's GPT-2, too; nanogpt: nanoGPT's
+    peer_dtype: PeerDtype = "same"  # of the matrix products of the peers; same: as ours
+    nanogpt: str = "../nanoGPT"  # a clone of it, for --peer=nanogpt
     repeats: int = 5  # turns of each model; the table has medians and the middle half
     warmup: int = 2  # calls of each that are not timed, in which torch.compile works
     min_seconds: float = 1.0  # of a turn; steps are repeated to reach it
@@ -63,17 +67,15 @@ class BenchConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for part in self.only:
-            configurator.coerce("only", part, Literal[PARTS], "the command line")
         for name in ("repeats", "decode_prompt", "decode_batch", "decode_tokens", "micro_batches"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("warmup", "min_seconds"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
-        if self.peer == "hf":
-            peer.check(self)
-        if self.peer_dtype != "same" and self.peer == "none":
+        for name in self.peer:
+            peer.check(name, self)
+        if self.peer_dtype != "same" and not self.peer:
             raise ValueError("peer_dtype is of the peer: add --peer=hf, or leave it out")
         if self.measured and not self.plan:
             raise ValueError("measured is what --plan starts from: add --plan, or leave it out")
@@ -97,17 +99,16 @@ class BenchConfig(TrainConfig):
 class Model(timing.Arm):
     """One of the models that are compared: a train.Trainer whose parts are timed."""
 
-    def __init__(self, name, cfg, hugging_face=False):
+    def __init__(self, name, cfg, make_peer=None):
         super().__init__(name, parallel.choose_device(cfg.device))
         held = hardware.allocated_bytes(self.device)
         self.run = train.Trainer(cfg)
-        if hugging_face:
-            peer.put_into(self.run, train.make_optimizer)
+        if make_peer:
+            peer.put_into(self.run, make_peer(), train.make_optimizer)
             gc.collect()  # our model, in whose place it came, is gone before memory is counted
         self.resident = hardware.allocated_bytes(self.device) - held
         self.batches = self.run.batches()
         self.flops = cost(cfg.model_config())
-        self.decoding_dtype = parallel.choose_dtype(cfg.dtype, self.device, cfg, decoding=True)
 
     def step(self):
         """A training step, its batch from the loader; every log_interval steps the loss is waited for, as in a run."""
@@ -130,22 +131,28 @@ class Model(timing.Arm):
     def loading(self):
         return timing.Work(self, lambda: next(self.batches), self.run.cfg.tokens_per_step)
 
+    def decoding_dtype(self, batch_size):
+        return parallel.choose_dtype(self.run.cfg.dtype, self.device, self.run.cfg, n_decoded=batch_size)
+
     def decoding(self, cfg, batch_size, cached=True):
         """Greedy decoding of cfg.decode_tokens after cfg.decode_prompt random ones, batch_size sequences at once."""
         model, n_new = self.run.model, cfg.decode_tokens
         generator = torch.Generator().manual_seed(0)
         prompt = torch.randint(cfg.vocab_size, (batch_size, cfg.decode_prompt), generator=generator).to(self.device)
-        dtype = self.decoding_dtype
+        dtype = self.decoding_dtype(batch_size)
+        is_peer = isinstance(model, tuple(peer.MODELS.values()))
+        cached = cached and not isinstance(model, peer.NanoGPT)
 
         @torch.no_grad()
         def call():
             model.eval()
             with parallel.autocast(self.device, dtype):
-                if not cached:
-                    tokens = uncached(model, prompt, n_new)
-                elif isinstance(model, peer.HuggingFaceGPT2):
+                if is_peer:
                     tokens = model.generate(prompt, n_new, cfg.decode_compile)
+                elif not cached:
+                    tokens = uncached(model, prompt, n_new)
                 else:
+                    decode.lay_out(model, one_sequence=batch_size == 1 and dtype == torch.float32)
                     tokens = decode.generate(model, prompt, n_new, temperature=0, compile_step=cfg.decode_compile)
             model.train()
             assert tokens.shape == (batch_size, cfg.decode_prompt + n_new)
@@ -192,18 +199,16 @@ def timed_config(cfg, folder):
 
 
 def make_models(cfg, timed):
-    """name -> Model of what cfg compares: baseline, reduced, the peer, and for a mixture its ideal (training alone)."""
+    """name -> Model of what cfg compares: baseline, reduced, a mixture's ideal (training alone), and the peers."""
     changes = {"baseline": dict(wq_identity=False), "reduced": dict(wq_identity=True)}
-    if cfg.peer == "hf":
-        changes["Hugging Face"] = dict(
-            wq_identity=False, dtype=timed.dtype if cfg.peer_dtype == "same" else cfg.peer_dtype
-        )
     if cfg.n_expert and "train" in cfg.only:
         changes["active experts"] = dict(wq_identity=False, n_expert=0, mlp_ratio=cfg.mlp_ratio * cfg.n_expert_active)
-    return {
-        name: Model(name, dataclasses.replace(timed, **fields), hugging_face=name == "Hugging Face")
-        for name, fields in changes.items()
-    }
+    models = {name: Model(name, dataclasses.replace(timed, **fields)) for name, fields in changes.items()}
+    fields = dict(wq_identity=False, dtype=timed.dtype if cfg.peer_dtype == "same" else cfg.peer_dtype)
+    for each in cfg.peer:
+        name, make = peer.NAMES[each], functools.partial(peer.MODELS[each], cfg)
+        models[name] = Model(name, dataclasses.replace(timed, **fields), make)
+    return models
 
 
 def make_sections(cfg, models):
@@ -243,11 +248,11 @@ def measure(cfg, timed):
     reached = ", ".join(f"{products[dtype] / 1e12:,.2f} TFLOP/s in {parallel.dtype_name(dtype)}" for dtype in dtypes)
     if reached:
         facts["large matrix product"] = f"{reached}, measured in this run"
-    facts |= conditions(cfg, timed, models)
+    facts |= speed_table.conditions(cfg, timed, models)
     limits = {dtype: (hardware.peak_flops(facts["device"], dtype), products[dtype]) for dtype in dtypes}
-    rows = [row for what in sections for row in make_rows(what, sections[what], timings[what], limits)]
+    rows = [row for what in sections for row in speed_table.make_rows(what, sections[what], timings[what], limits)]
     result = {"header": facts, "config": dataclasses.asdict(timed), "rows": rows}
-    result["notes"] = notes(cfg, models, rows)
+    result["notes"] = speed_table.notes(cfg, models, rows)
     if cfg.profile:
         folder = Path(cfg.out_dir or "out/bench")
         folder.mkdir(parents=True, exist_ok=True)
@@ -265,124 +270,6 @@ def measure(cfg, timed):
     return result
 
 
-def conditions(cfg, timed, models):
-    """What the table must say of what was done: name -> text."""
-    # With batch_size=0 models may have ended with different micro-batches.
-    batch_sizes = {model.run.batch_size for model in models.values()}
-    micro_batches = " or ".join(f"{models['baseline'].run.n_own // size} × {size}" for size in sorted(batch_sizes))
-    said = {
-        "model": f"{cfg.n_layer} layers, {cfg.n_head} heads, n_embd {cfg.n_embd}, vocabulary {cfg.vocab_size:,}",
-        "step": f"{timed.tokens_per_step:,} tokens, {micro_batches} sequences of {cfg.block_size:,} (in a run "
-        f"{cfg.tokens_per_step:,} tokens)",
-        "data": f"{timed.data_dir}/{timed.dataset}" if timed.dataset == cfg.dataset else "random (no dataset is here)",
-        "turns": f"{cfg.repeats} of each, in turn: median [middle half]; ratios are of turns in the same round",
-    }
-    if "decode" in cfg.only and cfg.causal:
-        dtype = parallel.dtype_name(models["baseline"].decoding_dtype)
-        said["decoding"] = (
-            f"{cfg.decode_tokens} tokens after a prompt of {cfg.decode_prompt}, greedy, the prompt's time included, "
-            f"in {dtype}, {'compiled' if cfg.decode_compile else 'not compiled'}"
-        )
-    return said
-
-
-def make_rows(what, works, timings, limits):
-    """A dict for each line of the table, from what `timing.interleave` gives.
-
-    limits: dtype -> operations a second of the datasheet (None: not known) and of a large matrix product.
-    """
-    rows = []
-    for name, work in works.items():
-        timed = timings[name]
-        rate, *half = timing.middle(timed.rates)
-        row = dict(what=what, model=name, tokens_per_second=rate, middle_half=half, rates=timed.rates)
-        row |= dict(calls=timed.calls, tokens=work.tokens, flops=work.flops, peak_bytes=timed.peak_bytes)
-        of_peak, of_product = (
-            timing.utilisation(rate, work.flops, limit) for limit in limits.get(work.dtype, (None, None))
-        )
-        row |= dict(of_peak=of_peak, of_product=of_product)
-        for reference in ("baseline", "Hugging Face"):
-            if reference in works and reference != name:
-                row[f"over {reference}"] = timing.middle(timing.ratios(timed, timings[reference]))
-        rows.append(row)
-    return rows
-
-
-def notes(cfg, models, rows):
-    """What the table's lines mean for decoding and for a mixture of experts: a list of sentences."""
-    by_name = {(row["what"], row["model"]): row for row in rows}
-    found = []
-    reduced = by_name.get(("decoding, batch 1", "reduced"))
-    if reduced:
-        sizes = []
-        for wq_identity in (False, True):
-            config = cfg.train_config(wq_identity=wq_identity).model_config()
-            layers = config.n_layer if config.share_layers else 1
-            sizes.append(cost(config).attn_mlp * layers * models["baseline"].decoding_dtype.itemsize)
-        ratio, lower, upper = reduced["over baseline"]
-        found.append(
-            f"Decoding: a token at batch 1 reads {sizes[0] / 1e6:,.2f} MB of block weights with W_Q and "
-            f"{sizes[1] / 1e6:,.2f} MB with W_Q = I, {1 - sizes[1] / sizes[0]:.1%} fewer. Were that all its time, it "
-            f"would be {sizes[0] / sizes[1]:.3f} times as fast; measured: {ratio:.3f} [{lower:.3f}, {upper:.3f}]."
-        )
-    ideal = by_name.get(("training step", "active experts"))
-    if ideal:
-        ratio, lower, upper = ideal["over baseline"]
-        operations = by_name["training step", "baseline"]["flops"] / ideal["flops"]
-        found.append(
-            f"Mixture: all {cfg.n_expert} experts are computed. A training step takes {ratio:.2f} [{lower:.2f}, "
-            f"{upper:.2f}] times that of an ideal MLP of the {cfg.n_expert_active} active ones alone (mlp_ratio "
-            f"{cfg.mlp_ratio * cfg.n_expert_active:g}, {operations:.2f} times fewer operations)."
-        )
-    if cfg.peer == "hf":
-        dtype = parallel.dtype_name(models["Hugging Face"].run.dtype)
-        found.append(
-            f"Hugging Face: GPT2LMHeadModel with SDPA, in the same loop, with the same optimizer, in {dtype}; it "
-            "has biases, and its own loss in training and its own generate, greedy, in decoding."
-        )
-    if "decode" in cfg.only and not cfg.causal:
-        found.append("Decoding: n/a, as an encoder (causal=False) generates nothing.")
-    if any(row["peak_bytes"] is None for row in rows):
-        found.append(f"Memory of a model alone is counted on a GPU. {process_memory()}")
-    return found
-
-
-def process_memory():
-    """A sentence with the memory of this process."""
-    used = parallel.peak_memory_bytes(torch.device("cpu"))
-    return f"This process held up to {used / 1e9:.2f} GB with all models."
-
-
-def table(result):
-    """The content of the JSON file as Markdown."""
-    lines = [f"- {name}: {value}" for name, value in result["header"].items()]
-    rows = result["rows"]
-    references = [name for name in ("baseline", "Hugging Face") if any(f"over {name}" in row for row in rows)]
-    columns = ["tokens/s", *(f"times {name}" for name in references)]
-    columns += ["of the datasheet's peak", "of a large product", "peak memory"]
-    lines += ["", "| what | model | " + " | ".join(columns) + " |", "| --- | --- |" + " ---: |" * len(columns)]
-    for row in rows:
-        lower, upper = row["middle_half"]
-        digits = 0 if upper >= 1000 else 1
-        speeds = [f"{rate:,.{digits}f}" for rate in (row["tokens_per_second"], lower, upper)]
-        cells = [row["what"], row["model"], f"{speeds[0]} [{speeds[1]}, {speeds[2]}]"]
-        for reference in references:
-            median, lower, upper = row.get(f"over {reference}", (None,) * 3)
-            cells.append("" if median is None else f"{median:.3f} [{lower:.3f}, {upper:.3f}]")
-        cells += ["n/a" if row[name] is None else f"{row[name]:.1%}" for name in ("of_peak", "of_product")]
-        cells.append("n/a" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f} GB")
-        lines.append("| " + " | ".join(cells) + " |")
-    if "profile" in result:
-        names = list(result["profile"])
-        lines += ["", "| time of training steps | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
-        for kind in result["profile"][names[0]]:
-            cells = [f"{result['profile'][name][kind]:.1%}" for name in names]
-            lines.append(f"| {kind} | " + " | ".join(cells) + " |")
-    for note in result["notes"]:
-        lines += ["", note]
-    return "\n".join(lines)
-
-
 def bench(cfg):
     """Measure or plan as cfg, a BenchConfig, says, print the table and write the files; what the JSON file has."""
     if parallel.world().size > 1:
@@ -397,7 +284,7 @@ def bench(cfg):
         device = parallel.choose_device(cfg.device)
         with tempfile.TemporaryDirectory() as folder, parallel.prefer_attention(device):
             result = measure(cfg, timed_config(cfg, Path(folder)))
-        text = table(result)
+        text = speed_table.table(result)
     print("\n" + text)
     if cfg.out_dir:
         folder = Path(cfg.out_dir)

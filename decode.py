@@ -19,7 +19,7 @@ def lay_out(model, one_sequence):
     the one to train in.
     """
     for layer in model.modules():
-        if isinstance(layer, nn.Linear) and layer.weight.device.type == "cpu" and layer.out_features > layer.in_features:
+        if isinstance(layer, nn.Linear) and layer.out_features > layer.in_features and not layer.weight.is_cuda:
             weight = layer.weight.data
             layer.weight.data = weight.t().contiguous().t() if one_sequence else weight.contiguous()
 

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -236,7 +237,7 @@ def test_shares_add_up(durations, idle):
 def test_every_row_that_is_asked_for(quick, tmp_path, capsys):
     pytest.importorskip("transformers")
     cfg = quick(
-        peer="hf", uncached=True, json=str(tmp_path / "speed.json"), out_dir=str(tmp_path / "out"), profile=True
+        peer=("hf",), uncached=True, json=str(tmp_path / "speed.json"), out_dir=str(tmp_path / "out"), profile=True
     )
     bench.bench(cfg)
     result = json.loads((tmp_path / "speed.json").read_text())
@@ -308,8 +309,9 @@ def test_the_step_is_a_trainer_s_step(quick, tmp_path):
 
 def test_the_peer_has_our_size_and_decodes_what_it_computes(quick, tmp_path):
     pytest.importorskip("transformers")
-    timed = bench.timed_config(quick(), tmp_path)
-    model = bench.Model("Hugging Face", timed, hugging_face=True).run.model.eval()
+    cfg = quick(peer=("hf",))
+    timed = bench.timed_config(cfg, tmp_path)
+    model = bench.make_models(cfg, timed)["Hugging Face"].run.model.eval()
     ours = GPT(dataclasses.replace(timed.model_config(), bias=True))
     assert sum(p.numel() for p in model.parameters()) == ours.num_params().total
     idx = torch.randint(timed.vocab_size, (2, 3))
@@ -323,10 +325,64 @@ def test_the_peer_has_our_size_and_decodes_what_it_computes(quick, tmp_path):
     torch.testing.assert_close(losses.mean(), loss)
 
 
+NANOGPT = """
+import sys, dataclasses
+sys.path.insert(0, {here!r})
+import torch, model
+
+@dataclasses.dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+class GPT(model.GPT):
+    def __init__(self, config):
+        super().__init__(model.GPTConfig(**dataclasses.asdict(config)))
+        print("number of parameters: some")
+
+    def forward(self, idx, targets=None):
+        return super().forward(idx, targets)
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        assert top_k == 1
+        for _ in range(max_new_tokens):
+            idx = torch.cat((idx, self(idx)[0][:, -1].argmax(-1, keepdim=True)), dim=1)
+        return idx
+"""
+
+
+def test_a_clone_of_nanogpt_is_a_peer(quick, tmp_path, capsys):
+    # In the place of the clone stands a model with the same interface, whose numbers are ours.
+    (tmp_path / "model.py").write_text(NANOGPT.format(here=str(Path(bench.__file__).parent)))
+    cfg = quick(peer=("nanogpt",), nanogpt=str(tmp_path), only=("train", "eval", "decode"))
+    result = bench.bench(cfg)
+    rows = {(row["what"], row["model"]): row for row in result["rows"]}
+    for what in ("training step", "evaluation", "decoding, batch 1", "decoding, batch 2"):
+        assert rows[what, "baseline"]["over nanoGPT"][0] > 0
+    assert rows["decoding, batch 1", "nanoGPT"]["flops"] is None and rows["training step", "nanoGPT"]["flops"] > 0
+    printed = capsys.readouterr().out
+    assert "times nanoGPT" in printed and "number of parameters" not in printed
+    models = bench.make_models(cfg, bench.timed_config(cfg, tmp_path))
+    ours, theirs = models["baseline"].run, models["nanoGPT"].run
+    theirs.model.gpt.load_state_dict(ours.model.state_dict())
+    for run in (ours, theirs):
+        run.model.eval()
+    x, y = next(models["baseline"].batches)
+    with torch.no_grad():
+        for reduction in ("mean", "none"):
+            torch.testing.assert_close(theirs.model(x, y, reduction)[1], ours.model(x, y, reduction)[1])
+
+
 def test_each_precision_is_measured_by_its_own_limit(quick, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr(hardware, "peak_flops", lambda name, dtype: {torch.float32: 1e12, torch.bfloat16: 1e13}[dtype])
-    result = bench.bench(quick(peer="hf", peer_dtype="bfloat16", only=("train",)))
+    result = bench.bench(quick(peer=("hf",), peer_dtype="bfloat16", only=("train",)))
     for row, peak in zip(result["rows"], (1e12, 1e12, 1e13), strict=True):
         assert row["of_peak"] == pytest.approx(row["tokens_per_second"] * row["flops"] / peak)
     assert "TFLOP/s in bfloat16, " in result["header"]["large matrix product"]
@@ -336,16 +392,18 @@ def test_each_precision_is_measured_by_its_own_limit(quick, monkeypatch):
 def test_decoding_is_in_the_precision_that_sampling_would_choose(quick, tmp_path, monkeypatch):
     choose = parallel.choose_dtype
 
-    def choose_dtype(name, device, config, decoding=False):
-        return torch.bfloat16 if name == "auto" and decoding else choose(name, device, config)
+    def choose_dtype(name, device, config, n_decoded=None):
+        return torch.bfloat16 if name == "auto" and n_decoded == 3 else choose(name, device, config)
 
     monkeypatch.setattr(parallel, "choose_dtype", choose_dtype)
     timed = bench.timed_config(quick(dtype="auto"), tmp_path)
     model, seen = bench.Model("baseline", timed), []
     model.run.model.register_forward_hook(lambda module, args, out: seen.append(out[0].dtype))
-    work = model.decoding(quick(), batch_size=1)
-    work.call()
-    assert work.dtype == torch.bfloat16 and set(seen) == {torch.bfloat16}
+    for batch_size, dtype in ((3, torch.bfloat16), (1, torch.float32)):
+        seen.clear()
+        work = model.decoding(quick(), batch_size)
+        work.call()
+        assert work.dtype == dtype and set(seen) == {dtype}
     assert model.training().dtype == torch.float32
 
 
@@ -374,7 +432,8 @@ def test_the_uncached_loop_gives_the_tokens_of_the_cached_one():
         (["--peer=hf", "--norm=rmsnorm"], ["peer=hf", "norm=layernorm", "rmsnorm"]),
         (["--json=nowhere/speed.json"], ["json", "no folder nowhere"]),
         (["--peer_dtype=float32"], ["peer_dtype", "--peer=hf"]),
-        (["--peer=nanogpt"], ["peer", "none, hf"]),
+        (["--peer=nanogp"], ["peer", "did you mean 'nanogpt'"]),
+        (["--peer=nanogpt", "--nanogpt=nowhere"], ["nowhere/model.py", "git clone", "--nanogpt="]),
         (["--repeat=3"], ["repeat", "did you mean repeats"]),
         (["--wk_identity", "--wv_identity"], ["wq_identity"]),
     ],
