@@ -130,7 +130,9 @@ class Trainer:
         if cfg.recompute:
             parallel.recompute_activations(self.model)
         self.compiled = on_cuda if cfg.compile is None else cfg.compile
-        self.model.chunked_loss = parallel.choose_loss(cfg.chunked_loss, self.device, self.dtype, self.compiled)
+        self.model.chunked_loss = parallel.choose_loss(
+            cfg.chunked_loss, cfg.vocab_size, self.device, self.dtype, self.compiled
+        )
         self.fast_model, self.synchronise = parallel.spread(
             self.model, self.compiled, cfg.shard, self.world, self.device
         )

@@ -52,7 +52,7 @@ class TrainConfig(GPTConfig):
     compile: bool | None = None  # torch.compile; none: on CUDA
     shard: Literal["none", "full"] = "none"  # full: cut the model and its optimizer over all processes (FSDP2)
     recompute: bool = False  # keep no activations within blocks, compute them again: less memory, a third more work
-    chunked_loss: bool | None = None  # the loss from a part of the logits at a time; none: on a CPU, if not compiled
+    chunked_loss: bool | None = None  # the loss from a part of the logits at a time; none: where that is faster
     wandb_log: bool = False  # mirror the metrics to Weights & Biases
     wandb_project: str = "wq-identity"  # the W&B project
     wandb_run_name: str | None = None  # the W&B name; none: that of the run folder

@@ -127,9 +127,11 @@ def test_a_run_with_chunked_loss_is_the_run_without(tiny, monkeypatch, changes):
 
 def test_which_runs_have_a_chunked_loss(tiny):
     def chosen(**changes):
-        return train.Trainer(tiny(device="cpu", **changes)).model.chunked_loss
+        return train.Trainer(tiny(device="cpu", **{"vocab_size": 1024, **changes})).model.chunked_loss
 
     assert chosen() is chosen(dtype="bfloat16") is linear_cross_entropy.linear_cross_entropy
+    assert chosen(vocab_size=1000) is None
+    assert chosen(vocab_size=1000, chunked_loss=True) is linear_cross_entropy.linear_cross_entropy
     assert chosen(compile=True) is chosen(dtype="float16") is chosen(chunked_loss=False) is None
     with pytest.raises(ValueError, match="float16"):
         chosen(chunked_loss=True, dtype="float16")
