@@ -3,10 +3,15 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 import configurator
 import data
 from train import TrainConfig
+
+# How long an example takes depends on what else the machine does.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 # The models here are so small that a team of threads would wait at barriers longer than it works.
 torch.set_num_threads(1)

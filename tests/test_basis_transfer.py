@@ -43,7 +43,7 @@ def without_time(results):
     return [{name: value for name, value in result.items() if name != "train_seconds"} for result in results]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=seeds, h=st.integers(2, 24), activation=activations)
 def test_the_papers_target_is_equation_4(seed, h, activation):
     W1, W2, L = (matrix.double() for matrix in targets.make_target("paper", h, seed))
@@ -69,7 +69,7 @@ def test_the_papers_matrices_are_gaussian_with_its_normalisation():
 KINDS = ("identity", "orthogonal", "gaussian", "gaussian:1", "gaussian:30")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=seeds, h=st.integers(2, 16), first=st.sampled_from(KINDS), second=st.sampled_from((*KINDS, "same")))
 def test_other_targets_are_the_composition_of_equation_3(seed, h, first, second):
     W1, W2, _ = (m.double() for m in targets.make_target("identity/identity", h, seed))
@@ -95,7 +95,7 @@ def test_other_targets_are_the_composition_of_equation_3(seed, h, first, second)
         assert (kind == "identity") == bool((omega - torch.eye(h)).abs().max() < 1e-3)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=seeds, h=st.integers(1, 10), n=st.integers(1, 60), ridge=st.sampled_from((1e-6, 0.3)), data=st.data())
 def test_the_linear_baseline_is_numpys_least_squares(seed, h, n, ridge, data):
     generator = np.random.default_rng(seed)
@@ -125,7 +125,7 @@ def test_the_linear_baseline_at_h_256_has_the_papers_9_to_10_percent(small, no_f
     assert f"{100 * np.mean(errors):.2f} ± {100 * np.std(errors, ddof=1):.2f} %" in row
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(seed=seeds, activation=activations, name=st.sampled_from(("paper", "gaussian/orthogonal")))
 def test_a_width_of_6h_represents_every_target(seed, activation, name):
     cfg = bt.BasisTransferConfig(**{**SMALL, "width_ratio": 6.0, "activation": activation, "linear_samples": 100})
@@ -304,7 +304,7 @@ def test_the_quick_study_beats_the_best_matrix_and_reports_what_it_measured(comm
         assert (tmp_path / name).stat().st_size > 10_000
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=seeds, h=st.integers(1, 9), n=st.integers(1, 20))
 def test_errors_and_cosines(seed, h, n):
     y, z = np.random.default_rng(seed).normal(size=(2, n, h))

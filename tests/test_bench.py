@@ -80,7 +80,7 @@ def test_turns_alternate_and_a_speed_is_tokens_a_second():
     assert timing.ratios(timings["a"], timings["b"]) == [2.0] * 3
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(drift=st.floats(0.5, 2.0), faster=st.floats(0.2, 5.0))
 def test_a_ratio_is_of_turns_of_one_round_so_that_a_drifting_machine_hardly_changes_it(drift, faster):
     machine = Machine(a=1.0, b=faster)
@@ -214,7 +214,7 @@ def test_kinds_of_operations():
             assert profiling.kind_of(name) == kind, name
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     durations=st.lists(
         st.tuples(st.sampled_from([name for names in NAMES.values() for name in names]), st.floats(0.001, 10)),

@@ -23,7 +23,7 @@ def test_the_interval_covers_a_known_difference_in_95_percent_of_trials(n):
 
 
 @given(st.lists(st.tuples(st.floats(1, 5), st.floats(1, 5)), min_size=2, max_size=8))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_difference_is_that_of_the_common_seeds(pairs):
     a, b = np.array(pairs).T
     losses = dict(enumerate(a)) | {"only here": 9.0}
@@ -49,7 +49,7 @@ def test_a_band_is_the_interval_of_each_column():
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_holm_is_the_closed_test_of_bonferroni(p_values):
     # A hypothesis is rejected when every set of hypotheses that contains it is, by Bonferroni's test.
     n = range(len(p_values))

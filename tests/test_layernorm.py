@@ -40,7 +40,7 @@ def basis_with(row, seed, d):
     return A
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=seeds, d=widths, eps=epsilons, scale=st.sampled_from((1e-3, 1.0, 30.0)))
 def test_the_norms_and_their_inverses(seed, d, eps, scale):
     x = scale * randn(seed, 3, 5, d) + 2
@@ -79,7 +79,7 @@ def test_the_inverses_refuse_what_the_norms_do_not_reach():
         ln.dynamic_tanh_inverse(z, torch.tensor([0.5, 0.0]), 4.0, 0.0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=seeds, d=widths, eps=epsilons, batch=st.sampled_from(((), (2,), (3, 2))))
 def test_lemma_8_1_the_conjugation(seed, d, eps, batch):
     A = randn(seed, *batch, d, d) + 2 * torch.eye(d)
@@ -125,7 +125,7 @@ def test_lemma_8_1_has_no_scale_when_a_row_is_constant():
         ln.lemma_8_1(torch.ones(1, 1))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=seeds, d=st.integers(3, 12), zeros=st.integers(0, 1))
 def test_lemma_8_1_f_is_one_to_one_only_where_v_has_no_zero(seed, d, zeros):
     row = randn(seed, d)
@@ -137,7 +137,7 @@ def test_lemma_8_1_f_is_one_to_one_only_where_v_has_no_zero(seed, d, zeros):
     assert (singular[d - 2] > 1e-10) == (zeros == 0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=seeds, d=widths, eps=epsilons, scale=st.sampled_from((1.0, -1.0, 0.5, -0.01)))
 def test_theorem_8_2_equation_9_and_the_freedom_of_scale(seed, d, eps, scale):
     theta, gain, mlp = basis(seed, d), randn(seed + 2, d).abs() + 0.2, random_mlp(seed + 3, d)
@@ -203,7 +203,7 @@ def test_theorem_8_2_leaves_the_residual_stream_bounded_so_skips_do_not_carry_th
     assert small.median() < 0.1 * x.norm(dim=-1).median()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=seeds, d=st.integers(1, 40), eps=epsilons)
 def test_remark_4_rmsnorm_needs_no_v_and_takes_any_large_enough_gain(seed, d, eps):
     theta, gain, mlp = basis(seed, d), randn(seed + 2, d), random_mlp(seed + 3, d)
@@ -217,7 +217,7 @@ def test_remark_4_rmsnorm_needs_no_v_and_takes_any_large_enough_gain(seed, d, ep
         ln.rmsnorm_theorem_8_2(theta, gain, mlp, eps, 0.9 * norm * torch.ones_like(gain))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=seeds, d=st.integers(2, 40))
 def test_remark_4_dynamic_tanh_needs_a_box_in_a_box(seed, d):
     theta, mlp = basis(seed, d), random_mlp(seed + 3, d)

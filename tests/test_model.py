@@ -112,7 +112,7 @@ def test_reduced_logits_equal_hugging_face_with_a_scaled_identity_query(tie_weig
         torch.testing.assert_close(logits, theirs(idx).logits, rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     n_head=st.integers(1, 4),
     d_k=st.integers(1, 12),

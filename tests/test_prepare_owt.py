@@ -224,7 +224,7 @@ def test_memory_does_not_depend_on_the_size_of_a_row_group(tmp_path):
     assert n == len(texts) and peak < 16e6
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=2, max_size=60),
     memory=st.integers(0, 4000),

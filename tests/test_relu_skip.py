@@ -24,7 +24,7 @@ def all_masks(m):
     return torch.tensor(list(itertools.product((False, True), repeat=m)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=seeds, h=st.integers(1, 12), ratio=st.integers(1, 5), data=st.data())
 def test_theorem_8_3_the_planted_subset_absorbs_the_skip(seed, h, ratio, data):
     m = ratio * h
@@ -44,7 +44,7 @@ def test_theorem_8_3_the_planted_subset_absorbs_the_skip(seed, h, ratio, data):
         relu_skip.theorem_8_3(W1, W2, J, Z)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=seeds, h=st.integers(2, 14), data=st.data())
 def test_theorem_8_3_the_search_finds_a_subset_where_one_was_planted(seed, h, data):
     W1, W2, J = relu_skip.planted_instance(h, data.draw(st.integers(h, 4 * h)), rng(seed))
@@ -61,7 +61,7 @@ def test_theorem_8_3_the_search_finds_a_subset_where_one_was_planted(seed, h, da
     assert moved.exhaustive
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=seeds, h=st.integers(1, 3), m=st.integers(1, 10))
 def test_the_search_agrees_with_trying_every_subset_of_small_integer_weights(seed, h, m):
     # Small integers make dependent neurons, several J's, none, dead neurons: what a generic instance never shows.
@@ -93,7 +93,7 @@ def test_the_search_is_exact_at_any_width_where_neurons_are_independent_and_says
     assert relu_skip.find_subset(W1[:20], W2[:, :20]).exhaustive
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=seeds, m=st.integers(2, 7))
 def test_theorem_8_3_only_if_signs_and_gains_are_all_there_is_when_kinks_are_distinct(seed, m):
     # Independently of J: V must be W with rows scaled (which changes nothing) and some negated, each with V₂ = W₂ by
@@ -139,7 +139,7 @@ def test_with_fewer_spare_neurons_than_the_width_the_question_is_left_open():
     assert "only if" in found.reason
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=seeds, h=st.integers(1, 10), extra=st.integers(0, 20))
 def test_h_more_neurons_always_absorb_the_skip(seed, h, extra):
     W1, W2 = relu_skip.random_mlp(h, h + extra, rng(seed))
@@ -151,7 +151,7 @@ def test_h_more_neurons_always_absorb_the_skip(seed, h, extra):
         relu_skip.widened(torch.zeros_like(W1), W2)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=seeds, h=st.integers(1, 4))
 def test_merging_neurons_keeps_the_function(seed, h):
     W1 = torch.randint(-1, 2, (12, h), generator=rng(seed)).double()
@@ -168,7 +168,7 @@ def test_corollary_8_3_1_random_weights_absorb_no_difference_of_two_random_skips
         assert relu_skip.corollary_8_3_1(h, 15, rng(h), m) == (0, 15, 0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=seeds, h=st.integers(2, 8), data=st.data())
 def test_corollary_8_3_1_is_false_as_stated_every_weight_has_exceptions(seed, h, data):
     W1, W2 = relu_skip.random_mlp(h, 4 * h, rng(seed))

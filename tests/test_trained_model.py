@@ -33,7 +33,7 @@ def random_tokens(n=6, seed=1):
     return torch.randint(64, (n, 16), generator=torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(group=st.integers(1, 3), n_kv_head=st.integers(1, 2), d_k=st.integers(1, 3), seed=st.integers(0, 999))
 def test_the_fit_is_the_least_squares_of_all_logits(group, n_kv_head, d_k, seed):
     generator = np.random.default_rng(seed)
