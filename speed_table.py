@@ -82,8 +82,8 @@ def notes(cfg, models, rows):
         )
     for each in cfg.peer:
         model = models[peer.NAMES[each]]
-        dtype = parallel.dtype_name(model.run.dtype)
-        found.append(f"{model.name}, in the same loop, with the same optimizer, in {dtype}: {model.run.model.said}.")
+        dtype, said = parallel.dtype_name(model.run.dtype), model.run.model.said
+        found.append(f"{model.name}, trained in the same loop, by the same optimizer, in {dtype}: {said}.")
     if "decode" in cfg.only and not cfg.causal:
         found.append("Decoding: n/a, as an encoder (causal=False) generates nothing.")
     if any(row["peak_bytes"] is None for row in rows):
