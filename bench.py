@@ -58,7 +58,7 @@ class BenchConfig(TrainConfig):
     decode_prompt: int = 16  # tokens before those that are generated
     decode_tokens: int | None = None  # that are generated; none: 256, or as many as block_size allows
     decode_batch: int = 8  # sequences at once, beside 1
-    decode_compile: bool = False  # torch.compile the decoding step, and the peer's
+    decode_compile: bool = False  # torch.compile the decoding step, and on a GPU Hugging Face's
     uncached: bool = False  # decode without a cache, too
     profile: bool = False  # write a trace of a few training steps and print where the time goes
     json: str | None = None  # a file for everything that was measured
@@ -73,10 +73,13 @@ class BenchConfig(TrainConfig):
         for name in ("warmup", "min_seconds"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        self.peer = tuple(dict.fromkeys(self.peer))
         for name in self.peer:
             peer.check(name, self)
         if self.peer_dtype != "same" and not self.peer:
-            raise ValueError("peer_dtype is of the peer: add --peer=hf, or leave it out")
+            raise ValueError("peer_dtype is of the peers: add --peer=hf or --peer=nanogpt, or leave it out")
+        if self.nanogpt != BenchConfig.nanogpt and "nanogpt" not in self.peer:
+            raise ValueError("nanogpt is where that peer lies: add --peer=nanogpt, or leave it out")
         if self.measured and not self.plan:
             raise ValueError("measured is what --plan starts from: add --plan, or leave it out")
         for name, value in REFUSED.items():
@@ -131,15 +134,15 @@ class Model(timing.Arm):
     def loading(self):
         return timing.Work(self, lambda: next(self.batches), self.run.cfg.tokens_per_step)
 
-    def decoding_dtype(self, batch_size):
-        return parallel.choose_dtype(self.run.cfg.dtype, self.device, self.run.cfg, n_decoded=batch_size)
+    def decoding_dtype(self, cfg, batch_size):
+        return parallel.choose_dtype(self.run.cfg.dtype, self.device, self.run.cfg, batch_size, cfg.decode_compile)
 
     def decoding(self, cfg, batch_size, cached=True):
         """Greedy decoding of cfg.decode_tokens after cfg.decode_prompt random ones, batch_size sequences at once."""
         model, n_new = self.run.model, cfg.decode_tokens
         generator = torch.Generator().manual_seed(0)
         prompt = torch.randint(cfg.vocab_size, (batch_size, cfg.decode_prompt), generator=generator).to(self.device)
-        dtype = self.decoding_dtype(batch_size)
+        dtype = self.decoding_dtype(cfg, batch_size)
         is_peer = isinstance(model, tuple(peer.MODELS.values()))
         cached = cached and not isinstance(model, peer.NanoGPT)
 
@@ -254,6 +257,8 @@ def measure(cfg, timed):
     result = {"header": facts, "config": dataclasses.asdict(timed), "rows": rows}
     result["notes"] = speed_table.notes(cfg, models, rows)
     if cfg.profile:
+        for name in ("baseline", "reduced"):  # decoding may have left them in another order than their optimizers
+            decode.lay_out(models[name].run.model, one_sequence=False)
         folder = Path(cfg.out_dir or "out/bench")
         folder.mkdir(parents=True, exist_ok=True)
         steps = max(1, PROFILED_MICRO_BATCHES * run.batch_size // run.n_own)

@@ -12,11 +12,11 @@ from torch import nn
 
 
 def lay_out(model, one_sequence):
-    """Store the weights of a model on a CPU in the order in which it decodes fastest in float32; the numbers stay.
+    """Store the float32 weights of a model on a CPU in the order that suits decoding one sequence, or several.
 
     one_sequence: products then have one row, for which weights that lie column by column take down to 0.6 times as
-    long where a layer is wider at its output. Two rows take twice as long so; False is the order of a new model, and
-    the one to train in.
+    long where a layer is wider at its output; two rows take twice as long so. False is the order of a new model.
+    The numbers stay; but an optimizer that has taken steps must go on in the order in which it took them.
     """
     for layer in model.modules():
         if isinstance(layer, nn.Linear) and layer.out_features > layer.in_features and not layer.weight.is_cuda:
@@ -28,8 +28,8 @@ class KVCache:
     """The keys and values of each layer for the tokens seen so far, in tensors that are allocated once.
 
     batch_size: sequences. max_tokens: the most that they will hold, at most the model's block_size. few_shapes:
-    attention after the prompt looks at a multiple of 128 places and masks the rest, so that torch.compile meets few
-    shapes. Call `advance` before each forward pass.
+    attention after the prompt looks at a multiple of 128 places and masks the rest, so that few CUDA graphs do for all.
+    Call `advance` before each forward pass.
     """
 
     STRIDE = 128
@@ -76,7 +76,7 @@ class KVCache:
 class LayerCache(NamedTuple):
     """What attention needs of a KVCache."""
 
-    keys: torch.Tensor  # (B, n_kv_head, max_tokens, d_k), as are the values
+    keys: torch.Tensor  # (B, n_kv_head, max_tokens + 1, d_k), as are the values
     values: torch.Tensor
     positions: torch.Tensor  # (n_new,) int64, of the new tokens
     n_places: int  # that attention looks at

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -27,15 +28,15 @@ def check(peer, cfg):
         )
     for name, value in (NANOGPT if peer == "nanogpt" else GPT2).items():
         if getattr(cfg, name) != value:
-            raise ValueError(f"peer={peer} is GPT-2, which has {name}={value}, not {getattr(cfg, name)}")
+            raise ValueError(f"peer={peer} has {name}={value}, not {getattr(cfg, name)}: leave {name} or the peer out")
 
 
 class HuggingFaceGPT2(nn.Module):
     """transformers.GPT2LMHeadModel of a BenchConfig's sizes, called as `model.GPT` is. It always has biases."""
 
     said = (
-        "GPT2LMHeadModel with SDPA; it has biases, and its own loss in training and its own generate, with a cache, in "
-        "decoding"
+        "GPT2LMHeadModel with SDPA; it has biases, and its own loss in training and its own generate in decoding, "
+        "with a cache and compiled on a GPU alone"
     )
 
     def __init__(self, cfg):
@@ -69,7 +70,8 @@ class HuggingFaceGPT2(nn.Module):
         """(None, loss): its own loss over the T − 1 targets within idx, (B, T); with 'none' that of each target."""
         if reduction == "mean":
             return None, self.gpt2(input_ids=idx, labels=idx, use_cache=False).loss
-        return None, losses(self.gpt2(input_ids=idx, use_cache=False).logits, targets)
+        logits = self.gpt2(input_ids=idx, use_cache=False).logits
+        return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, compile_step=False):
@@ -91,21 +93,24 @@ class HuggingFaceGPT2(nn.Module):
 class NanoGPT(nn.Module):
     """The GPT of the model.py in the folder cfg.nanogpt, of a BenchConfig's sizes, called as `model.GPT` is."""
 
-    said = "the GPT of its model.py, with its own loss in training and its own generate, without a cache, in decoding"
+    said = (
+        "the GPT of its model.py, with its own loss in training and its own generate in decoding, without a cache and "
+        "never compiled"
+    )
 
     def __init__(self, cfg):
         super().__init__()
         spec = importlib.util.spec_from_file_location("nanogpt_model", Path(cfg.nanogpt) / "model.py")
-        module = importlib.util.module_from_spec(spec)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # torch.compile looks for it there
         spec.loader.exec_module(module)
         names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # it prints its size
             self.gpt = module.GPT(module.GPTConfig(**{name: getattr(cfg, name) for name in names}))
 
     def forward(self, idx, targets, reduction="mean"):
-        """(logits, loss): its own mean loss over targets, (B, T); with 'none' that of each target."""
+        """(logits, loss): its own mean loss over targets, (B, T); with 'none' this mean for each, (B·T,)."""
         logits, loss = self.gpt(idx, targets)
-        return logits, loss if reduction == "mean" else losses(logits, targets)
+        return logits, loss if reduction == "mean" else loss.expand(targets.numel())
 
     def generate(self, idx, max_new_tokens, compile_step=False):
         """Its own generation, the likeliest token each time, of max_new_tokens after idx, (B, T); never compiled."""
@@ -113,11 +118,6 @@ class NanoGPT(nn.Module):
 
 
 MODELS = {"hf": HuggingFaceGPT2, "nanogpt": NanoGPT}
-
-
-def losses(logits, targets):
-    """The cross-entropy of each target, (B·T,); 0 where it is −1."""
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
 
 
 def put_into(run, model, make_optimizer):

@@ -84,7 +84,7 @@ def sample(cfg):
     prompt = tokenizer.encode_ordinary(prompt_text(cfg.start)) or [tokenizer.eot_token]
     device = parallel.choose_device(cfg.device)
     model = checkpoint.build_model(state).to(device).eval()
-    dtype = parallel.choose_dtype(cfg.dtype, device, model.config, n_decoded=cfg.num_samples)
+    dtype = parallel.choose_dtype(cfg.dtype, device, model.config, cfg.num_samples, cfg.compile)
     decode.lay_out(model, one_sequence=cfg.num_samples == 1 and dtype == torch.float32)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     print(f"{folder / cfg.ckpt}, step {state['step']}", file=sys.stderr)

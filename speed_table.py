@@ -23,13 +23,18 @@ def conditions(cfg, timed, models):
         "turns": f"{cfg.repeats} of each, in turn: median [middle half]; ratios are of turns in the same round",
     }
     if "decode" in cfg.only and cfg.causal:
-        dtypes = {n: parallel.dtype_name(models["baseline"].decoding_dtype(n)) for n in sorted({1, cfg.decode_batch})}
         said["decoding"] = (
             f"{cfg.decode_tokens} tokens after a prompt of {cfg.decode_prompt}, greedy, the prompt's time included, "
-            f"in {' and '.join(f'{dtype} at batch {n}' for n, dtype in dtypes.items())}, "
-            f"{'compiled' if cfg.decode_compile else 'not compiled'}"
+            f"in {decoding_dtypes(cfg, models['baseline'])}, "
+            f"{'ours compiled' if cfg.decode_compile else 'not compiled'}"
         )
     return said
+
+
+def decoding_dtypes(cfg, model):
+    """The precision in which a model decodes: 'float32 at batch 1, bfloat16 at batch 8'."""
+    batch_sizes = sorted({1, cfg.decode_batch})
+    return ", ".join(f"{parallel.dtype_name(model.decoding_dtype(cfg, n))} at batch {n}" for n in batch_sizes)
 
 
 def make_rows(what, works, timings, limits):
@@ -64,7 +69,7 @@ def notes(cfg, models, rows):
         for wq_identity in (False, True):
             config = cfg.train_config(wq_identity=wq_identity).model_config()
             layers = config.n_layer if config.share_layers else 1
-            sizes.append(cost(config).attn_mlp * layers * models["baseline"].decoding_dtype(1).itemsize)
+            sizes.append(cost(config).attn_mlp * layers * models["baseline"].decoding_dtype(cfg, 1).itemsize)
         ratio, lower, upper = reduced["over baseline"]
         found.append(
             f"Decoding: a token at batch 1 reads {sizes[0] / 1e6:,.2f} MB of block weights with W_Q and "
@@ -82,8 +87,13 @@ def notes(cfg, models, rows):
         )
     for each in cfg.peer:
         model = models[peer.NAMES[each]]
-        dtype, said = parallel.dtype_name(model.run.dtype), model.run.model.said
-        found.append(f"{model.name}, trained in the same loop, by the same optimizer, in {dtype}: {said}.")
+        dtypes = []
+        if {"train", "eval"} & set(cfg.only):
+            dtypes.append(f"in the same loop, with the same optimizer, in {parallel.dtype_name(model.run.dtype)}")
+        if "decode" in cfg.only:
+            dtypes.append(f"decoding in {decoding_dtypes(cfg, model)}")
+        if dtypes:
+            found.append(f"{model.name}, {'; '.join(dtypes)}: {model.run.model.said}.")
     if "decode" in cfg.only and not cfg.causal:
         found.append("Decoding: n/a, as an encoder (causal=False) generates nothing.")
     if any(row["peak_bytes"] is None for row in rows):

@@ -190,9 +190,9 @@ def share(runs, entries, index, of):
     for i, run in enumerate(runs):
         entry = entries[i % len(entries)]
         chain = [entry["arm"]]
-        while control[chain[-1]] not in chain:  # two arms may be each other's control
+        while control[chain[-1]] not in chain:
             chain.append(control[chain[-1]])
-        root = chain[-1] if control[chain[-1]] == chain[-1] else min(chain)
+        root = min(chain[chain.index(control[chain[-1]]) :])  # of a ring: arms may be each other's control
         groups.setdefault((run.seed, str(entry["point"]), root), []).append(run)
     if len(groups) >= of:
         return [run for group in list(groups.values())[index::of] for run in group]

@@ -104,7 +104,7 @@ def test_under_autocast_the_cache_is_bfloat16():
     torch.testing.assert_close(logits.float(), expected.float(), rtol=0.05, atol=0.05 * expected.abs().max().item())
 
 
-def test_compiled_steps_give_the_same_tokens_and_compile_once(monkeypatch):
+def test_compiled_steps_give_the_same_tokens_and_compile_for_the_first_alone(monkeypatch):
     compiled, graphs, numbers = torch.compile, [], []
 
     def backend(graph, inputs):  # the code generator of the default takes a minute and adds nothing here

@@ -156,9 +156,10 @@ def test_auto_is_bfloat16_on_a_cpu_where_that_was_measured_to_be_faster(monkeypa
         (64, 320, None, torch.float32),
         (128, 320, None, fast),
         (128, 320, 8, torch.float32),
-        (384, 50304, 1, torch.float32),
+        (384, 50304, 3, torch.float32),
         (384, 50304, 4, fast),
     ):
         config = GPTConfig(n_embd=n_embd, n_head=4, vocab_size=vocab_size)
         assert parallel.choose_dtype("auto", cpu, config, n_decoded) == expected
         assert parallel.choose_dtype("float16", cpu, config, n_decoded) == torch.float16
+    assert parallel.choose_dtype("auto", cpu, config, n_decoded=4, compiled=True) == torch.float32

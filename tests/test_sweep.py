@@ -347,10 +347,14 @@ def test_a_share_holds_pairs_where_each_arm_has_a_control_of_its_own(files, of):
 
 
 def test_arms_that_are_each_other_s_control_are_shared_out_together(files):
-    text = "arms = {'a': '', 'b': '--wq_identity'}\ncontrol = {'a': 'b', 'b': 'a'}"
-    runs, content = plan(*files(text))
-    shares = [sweep.share(runs, content["arms"], index, 3) for index in range(3)]
-    assert [[run.name for run in share] for share in shares] == [["a", "b"]] * 3
+    two, three = "{'a': '', 'b': '--wq_identity'}", "{'a': '', 'b': '--wq_identity', 'c': '--wk_identity'}"
+    for arms, control, names in (
+        (two, "{'a': 'b', 'b': 'a'}", ["a", "b"]),
+        (three, "{'a': 'b', 'b': 'c', 'c': 'b'}", ["a", "b", "c"]),  # the first leads into the ring
+    ):
+        runs, content = plan(*files(f"arms = {arms}\ncontrol = {control}"))
+        shares = [sweep.share(runs, content["arms"], index, 3) for index in range(3)]
+        assert [[run.name for run in share] for share in shares] == [names] * 3
 
 
 def test_braces_stand_for_the_size_and_values_bring_arguments_along(files):
