@@ -135,6 +135,7 @@ class Model(timing.Arm):
         return timing.Work(self, lambda: next(self.batches), self.run.cfg.tokens_per_step)
 
     def decoding_dtype(self, cfg, batch_size):
+        """The torch.dtype in which it decodes batch_size sequences at once, as sample.py would choose it."""
         return parallel.choose_dtype(self.run.cfg.dtype, self.device, self.run.cfg, batch_size, cfg.decode_compile)
 
     def decoding(self, cfg, batch_size, cached=True):
@@ -155,7 +156,7 @@ class Model(timing.Arm):
                 elif not cached:
                     tokens = uncached(model, prompt, n_new)
                 else:
-                    decode.lay_out(model, one_sequence=batch_size == 1 and dtype == torch.float32)
+                    decode.lay_out(model, batch_size, dtype)
                     tokens = decode.generate(model, prompt, n_new, temperature=0, compile_step=cfg.decode_compile)
             model.train()
             assert tokens.shape == (batch_size, cfg.decode_prompt + n_new)
@@ -258,7 +259,7 @@ def measure(cfg, timed):
     result["notes"] = speed_table.notes(cfg, models, rows)
     if cfg.profile:
         for name in ("baseline", "reduced"):  # decoding may have left them in another order than their optimizers
-            decode.lay_out(models[name].run.model, one_sequence=False)
+            decode.lay_out(models[name].run.model)
         folder = Path(cfg.out_dir or "out/bench")
         folder.mkdir(parents=True, exist_ok=True)
         steps = max(1, PROFILED_MICRO_BATCHES * run.batch_size // run.n_own)

@@ -85,7 +85,7 @@ def sample(cfg):
     device = parallel.choose_device(cfg.device)
     model = checkpoint.build_model(state).to(device).eval()
     dtype = parallel.choose_dtype(cfg.dtype, device, model.config, cfg.num_samples, cfg.compile)
-    decode.lay_out(model, one_sequence=cfg.num_samples == 1 and dtype == torch.float32)
+    decode.lay_out(model, cfg.num_samples, dtype)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     print(f"{folder / cfg.ckpt}, step {state['step']}", file=sys.stderr)
 

@@ -82,11 +82,13 @@ def test_the_layout_of_the_weights_changes_their_order_in_memory_alone(changes):
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     parameters, idx = dict(model.named_parameters()), torch.randint(97, (1, 7))
     expected = uncached(model, idx, 10)
-    decode.lay_out(model, one_sequence=True)
+    decode.lay_out(model, 1)
     assert model.lm_head.weight.stride() == (1, 97) and not model.lm_head.weight.is_contiguous()
     assert torch.equal(decode.generate(model, idx, 10, temperature=0), expected)
-    decode.lay_out(model, one_sequence=False)
-    assert all(parameter.is_contiguous() for parameter in model.parameters())
+    for order in (dict(), dict(n_decoded=2), dict(n_decoded=1, dtype=torch.bfloat16)):
+        decode.lay_out(model, 1)
+        decode.lay_out(model, **order)
+        assert all(parameter.is_contiguous() for parameter in model.parameters())
     for name, parameter in model.named_parameters():
         assert parameter is parameters[name] and torch.equal(parameter, before[name])
 
