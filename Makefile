@@ -37,8 +37,8 @@ test: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-.venv/installed-dev: requirements-dev.txt .venv/installed
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+.venv/installed-dev: tests/requirements.txt .venv/installed
+	$(BIN)/python -m pip install --quiet -r tests/requirements.txt
 	touch $@
 
 clean:

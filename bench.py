@@ -22,16 +22,11 @@ import torch
 
 import configurator
 import data
-import decode
-import hardware
-import parallel
-import peer
-import planning
-import profiling
-import speed_table
-import timing
 import train
-from cost import cost
+from engine import decode, devices, distributed
+from engine.files import sha256_of, write_json
+from engine.flops import cost
+from speed import hardware, peer, planning, profiling, speed_table, timing
 from train_config import TrainConfig
 
 PeerDtype = Literal["same", "float32", "bfloat16", "float16"]
@@ -103,7 +98,7 @@ class Model(timing.Arm):
     """One of the models that are compared: a train.Trainer whose parts are timed."""
 
     def __init__(self, name, cfg, make_peer=None):
-        super().__init__(name, parallel.choose_device(cfg.device))
+        super().__init__(name, devices.choose_device(cfg.device))
         held = hardware.allocated_bytes(self.device)
         self.run = train.Trainer(cfg)
         if make_peer:
@@ -136,7 +131,7 @@ class Model(timing.Arm):
 
     def decoding_dtype(self, cfg, batch_size):
         """The torch.dtype in which it decodes batch_size sequences at once, as sample.py would choose it."""
-        return parallel.choose_dtype(self.run.cfg.dtype, self.device, self.run.cfg, batch_size, cfg.decode_compile)
+        return devices.choose_dtype(self.run.cfg.dtype, self.device, self.run.cfg, batch_size, cfg.decode_compile)
 
     def decoding(self, cfg, batch_size, cached=True):
         """Greedy decoding of cfg.decode_tokens after cfg.decode_prompt random ones, batch_size sequences at once."""
@@ -150,7 +145,7 @@ class Model(timing.Arm):
         @torch.no_grad()
         def call():
             model.eval()
-            with parallel.autocast(self.device, dtype):
+            with devices.autocast(self.device, dtype):
                 if is_peer:
                     tokens = model.generate(prompt, n_new, cfg.decode_compile)
                 elif not cached:
@@ -182,13 +177,13 @@ def write_synthetic(folder, cfg):
     folder.mkdir(parents=True)
     for name, tokens in (("train", max(2**22, 2 * cfg.tokens_per_step)), ("val", cfg.tokens_per_step + 1)):
         rng.integers(0, vocab_size, tokens).astype(data.DTYPES[dtype]).tofile(folder / f"{name}.bin")
-        splits[name] = {"tokens": tokens, "documents": 1, "sha256": data.sha256_of(folder / f"{name}.bin")}
+        splits[name] = {"tokens": tokens, "documents": 1, "sha256": sha256_of(folder / f"{name}.bin")}
     data.write_manifest(folder, tokenizer="random", vocab_size=vocab_size, eot=0, dtype=dtype, splits=splits)
 
 
 def timed_config(cfg, folder):
     """The TrainConfig that is timed, with its data in place: cfg's own, or random tokens in folder."""
-    device = parallel.choose_device(cfg.device)
+    device = devices.choose_device(cfg.device)
     changes = dict(out_dir=str(folder / "run"), max_iters=10**9, save_steps=())
     micro_batches = cfg.micro_batches or (None if device.type == "cuda" else 1)
     if micro_batches:
@@ -249,7 +244,7 @@ def measure(cfg, timed):
         timings[what] = timing.interleave(works, cfg.repeats, cfg.warmup, cfg.min_seconds)
     for dtype in dtypes:  # should something else have disturbed one of the two, the other is what the device can do
         products[dtype] = max(products[dtype], hardware.matrix_product_flops(run.device, dtype))
-    reached = ", ".join(f"{products[dtype] / 1e12:,.2f} TFLOP/s in {parallel.dtype_name(dtype)}" for dtype in dtypes)
+    reached = ", ".join(f"{products[dtype] / 1e12:,.2f} TFLOP/s in {devices.dtype_name(dtype)}" for dtype in dtypes)
     if reached:
         facts["large matrix product"] = f"{reached}, measured in this run"
     facts |= speed_table.conditions(cfg, timed, models)
@@ -278,7 +273,7 @@ def measure(cfg, timed):
 
 def bench(cfg):
     """Measure or plan as cfg, a BenchConfig, says, print the table and write the files; what the JSON file has."""
-    if parallel.world().size > 1:
+    if distributed.world().size > 1:
         raise ValueError("bench.py measures one process: start it without torchrun")
     if cfg.json and not Path(cfg.json).parent.is_dir():
         raise ValueError(f"json: there is no folder {Path(cfg.json).parent}: make it first")
@@ -287,8 +282,8 @@ def bench(cfg):
         result = {"plan": planning.rows(cfg, measured)}
         text = planning.table(cfg, result["plan"])
     else:
-        device = parallel.choose_device(cfg.device)
-        with tempfile.TemporaryDirectory() as folder, parallel.prefer_attention(device):
+        device = devices.choose_device(cfg.device)
+        with tempfile.TemporaryDirectory() as folder, devices.prefer_attention(device):
             result = measure(cfg, timed_config(cfg, Path(folder)))
         text = speed_table.table(result)
     print("\n" + text)
@@ -297,7 +292,7 @@ def bench(cfg):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     if cfg.json:
-        data.write_json(cfg.json, result)
+        write_json(cfg.json, result)
     return result
 
 

@@ -8,22 +8,17 @@ of processes changes what a run reads.
 
 import hashlib
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from engine.files import write_json
+
 MANIFEST_VERSION = 1
 SPLITS = ("train", "val")
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-END_OF_TEXT = "<|endoftext|>"
-GPT2_VOCABULARY_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
-GPT2_VOCABULARY = {  # and the names under which tiktoken keeps the files: the SHA-1 of their URLs
-    "vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
-    "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
-}
 GPT2_MANIFEST = {"tokenizer": "gpt2", "vocab_size": 50257, "eot": 50256, "dtype": "uint16"}
 
 
@@ -101,43 +96,6 @@ def write_manifest(folder, **entries):
     return manifest
 
 
-def write_json(path, content):
-    """Write content to a JSON file, whole or not at all, even where the machine stops in the middle."""
-    temporary = Path(f"{path}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def get_tokenizer(name):
-    """The tiktoken Encoding that a manifest names: 'gpt2', or 'bytes' (the 256 bytes and end-of-text, no download).
-
-    Raises ValueError for another name, and when GPT-2's vocabulary is neither on this machine nor to be had.
-    """
-    import tiktoken
-
-    if name == "bytes":
-        return tiktoken.Encoding(
-            name="bytes",
-            pat_str=r"[\s\S]{1,64}",
-            mergeable_ranks={bytes([byte]): byte for byte in range(256)},
-            special_tokens={END_OF_TEXT: 256},
-        )
-    if name != "gpt2":
-        raise ValueError(f"unknown tokenizer {name!r}: gpt2 and bytes are known")
-    try:
-        return tiktoken.get_encoding(name)
-    except Exception as error:  # of the network, of the disk, or tiktoken's own about a damaged file
-        folder = os.environ.get("TIKTOKEN_CACHE_DIR") or "a folder of your choice, named by TIKTOKEN_CACHE_DIR"
-        files = " and ".join(f"{name} as {cached}" for name, cached in GPT2_VOCABULARY.items())
-        raise ValueError(
-            f"GPT-2's vocabulary is not on this machine and cannot be downloaded ({type(error).__name__}): put {files} "
-            f"into {folder}; both are at {GPT2_VOCABULARY_URL}/"
-        ) from error
-
-
 def batch_offsets(n_tokens, block_size, n_sequences, data_seed, step):
     """Where the sequences of one step's global batch begin: (n_sequences,) int64, a pure function of its arguments.
 
@@ -193,28 +151,6 @@ def mask_tokens(x, vocab_size, data_seed, numbers):
     return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
-def recorded_windows(state, split, n_windows, data_dir=None, dataset=None):
-    """Inputs and targets, (n, block_size) int64 each, from the data that a checkpoint says it was trained on.
-
-    state: the dict of a checkpoint. split: 'train' or 'val'. n_windows: evenly spaced ones; None: all. Of an encoder's
-    windows tokens are masked as in training. data_dir, dataset: where the data is, if not where the checkpoint says.
-    Raises ValueError when the data is not known, not there, or another.
-    """
-    config = state.get("config") or {}
-    data_dir, dataset = data_dir or config.get("data_dir", "data"), dataset or config.get("dataset")
-    if dataset is None:
-        raise ValueError("the checkpoint does not say what it was trained on: name it with --dataset=…")
-    bins = load_bins(data_dir, dataset)
-    if bins.fingerprint != state.get("data_fingerprint", bins.fingerprint):
-        raise ValueError(f"{data_dir}/{dataset} is not the data of the checkpoint")
-    tokens, block_size = getattr(bins, split), state["model_config"]["block_size"]
-    offsets = evaluation_offsets(len(tokens), block_size, n_windows)
-    x, y = windows(tokens, offsets, block_size)
-    if config.get("objective") == "mlm":
-        return mask_tokens(x, bins.manifest["vocab_size"], 0, offsets)
-    return x, y
-
-
 def prefetch(make, keys):
     """Yield make(key) for each key, each made in a thread while the caller works on the one before."""
     with ThreadPoolExecutor(max_workers=1) as pool:
@@ -226,12 +162,6 @@ def prefetch(make, keys):
             pending = following
         if pending is not None:
             yield pending.result()
-
-
-def sha256_of(path):
-    """The SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _key(data_seed, number):

@@ -19,11 +19,9 @@ from typing import Literal
 
 import torch
 
-import checkpoint
 import configurator
-import data
-import parallel
-import runlog
+from engine import checkpoint, devices, run_files
+from engine.files import read_json, write_json
 from theory import reparametrize, trained_model
 
 N_RANDOM = 8  # sequences of random tokens
@@ -74,7 +72,7 @@ def eliminate(cfg):
         raise ValueError(f"{target} exists already: choose another --out=…, or remove it")
     state = checkpoint.load(source)
     elsewhere = target.parent.resolve() != source.parent.resolve()
-    if elsewhere and runlog.holds_run(target.parent):
+    if elsewhere and run_files.holds_run(target.parent):
         raise ValueError(f"{target.parent} holds another run: write to a folder without one, or to {source.parent}")
     model = checkpoint.build_model(state).eval()
     print(f"{source}, step {state['step']}: ", end="")
@@ -93,7 +91,7 @@ def eliminate(cfg):
     found["random"] = compare(models, random_tokens, random_tokens)
     print_comparison("random tokens", found["random"])
     try:
-        x, y = data.recorded_windows(state, "val", cfg.windows, cfg.data_dir, cfg.dataset)
+        x, y = trained_model.recorded_windows(state, "val", cfg.windows, cfg.data_dir, cfg.dataset)
     except ValueError as error:
         print(f"real tokens: {str(error).partition('. ')[0]}")
         found["real"] = None
@@ -123,7 +121,7 @@ def rewrite(original, state, cfg):
 
 def fit(original, state, cfg):
     """As `rewrite`, by no theorem: W_Q = I and W_K fitted on the training text of the checkpoint `state`."""
-    x, _ = data.recorded_windows(state, "train", cfg.windows, cfg.data_dir, cfg.dataset)
+    x, _ = trained_model.recorded_windows(state, "train", cfg.windows, cfg.data_dir, cfg.dataset)
     print(f"W_Q = I and a W_K fitted on {len(x)} training windows; not exact, to fine-tune from")
     fitted = trained_model.fit_keys(copy.deepcopy(original).float(), x)
     return "a fitted W_K", {}, trained_model.without_queries(fitted).double()
@@ -153,7 +151,7 @@ def compare(models, x, y):
             row["after"] += new_loss.double().sum().item()
     n_targets = (y >= 0).sum().item()
     return {
-        parallel.dtype_name(dtype): {
+        devices.dtype_name(dtype): {
             "difference": row["difference"],
             "relative": row["difference"] / row["largest"],
             "rounding": row["rounding"] / row["largest"],
@@ -194,12 +192,12 @@ def write(target, source, state, model, eliminated):
     except OSError as error:
         raise ValueError(f"cannot make the folder {target.parent}: {error.strerror}; choose another --out") from error
     checkpoint.save(target, model=model.state_dict(), model_config=model_config, eliminated=eliminated, **kept)
-    run = runlog.read_json(source.parent / "run.json")
+    run = read_json(source.parent / "run.json")
     if run is None:
         print(f"{source.parent} has no run.json, which names the tokenizer: sample.py will ask for it")
     elif not (target.parent / "run.json").exists():
         parameters = model.num_params()._asdict()
-        data.write_json(target.parent / "run.json", {**run, "parameters": parameters, "eliminated": eliminated})
+        write_json(target.parent / "run.json", {**run, "parameters": parameters, "eliminated": eliminated})
 
 
 def main(argv):

@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import errno
 import itertools
-import math
 import os
 import platform
 import shutil
@@ -26,12 +25,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 import configurator
-import corpus
 import data
-import tokens
+from corpus import encoding, gathering, sources, token_file, tokenizers
+from engine.files import sha256_of
 
 OPENWEBTEXT = ("Skylion007/openwebtext", "plain_text", "79d93d786212f7344586290adb811d4ae6a1762c")
 # What that revision has, in GPT-2 tokens; the splits' counts are for nanoGPT's seed and fraction.
@@ -133,22 +130,22 @@ def _gigabytes(n_bytes):
 def encode(cfg, files, store, encoder):
     """Encode the documents of files that `store` does not hold yet; returns the encoder with which it ended."""
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    text_bytes = sum(corpus.text_bytes(file, cfg.text_column) for file in files)
+    text_bytes = sum(sources.text_bytes(file, cfg.text_column) for file in files)
     if store.documents:
         print(f"going on after {store.documents:,} documents")
     try:
         n_tokens = expected_tokens(cfg, files, text_bytes, encoder)
         left = max(0, 2 * n_tokens * encoder.dtype.itemsize - store.size)
         require_space((store.path.parent, left, f"twice the bins, about {n_tokens:,} tokens"))
-        batches = corpus.batches(files, cfg.text_column, store.file, store.file_documents)
+        batches = sources.batches(files, cfg.text_column, store.file, store.file_documents)
         with Progress(f"encoding with {encoder.name}", text_bytes, store.text_bytes) as progress:
-            for batch, ids, lengths in tokens.encoded(tokens.with_checks(batches), encoder, workers):
+            for batch, ids, lengths in encoding.encoded(encoding.with_checks(batches), encoder, workers):
                 store.append(batch, ids, lengths)
                 progress.update(batch.texts.nbytes)
-    except tokens.DisagreementError as error:
+    except encoding.DisagreementError as error:
         print(f"gigatoken disagrees with tiktoken ({error}): all is encoded again, by tiktoken")
         store.start_again()
-        return encode(cfg, files, store, tokens.Encoder(cfg.tokenizer, distrust=True))
+        return encode(cfg, files, store, encoding.Encoder(cfg.tokenizer, distrust=True))
     return encoder
 
 
@@ -158,25 +155,10 @@ def expected_tokens(cfg, files, text_bytes, encoder):
         return OPENWEBTEXT_COUNTS["tokens"]
     sampled, ids = 0, 0
     for index in sorted({0, len(files) // 2, len(files) - 1}):
-        for batch in itertools.islice(corpus.batches(files[index : index + 1], cfg.text_column), 1):
+        for batch in itertools.islice(sources.batches(files[index : index + 1], cfg.text_column), 1):
             batch = dataclasses.replace(batch, texts=batch.texts[:100])
             sampled, ids = sampled + batch.texts.nbytes, ids + len(encoder(batch)[0])
     return text_bytes * ids // max(1, sampled)
-
-
-def split(n_documents, val_fraction, seed):
-    """Indices of the training and of the validation documents, in the order in which they stand in the bins.
-
-    The rule of `datasets.Dataset.train_test_split`. Raises ValueError when one of the two would be empty.
-    """
-    order = np.random.default_rng(seed).permutation(n_documents)
-    n_val = math.ceil(val_fraction * n_documents)
-    if not 0 < n_val < n_documents:
-        raise ValueError(
-            f"{n_documents} documents with val_fraction={val_fraction} make {n_val} for validation and "
-            f"{n_documents - n_val} for training; each needs one or more"
-        )
-    return {"train": order[n_val:], "val": order[:n_val]}
 
 
 def prepare(cfg):
@@ -192,7 +174,7 @@ def prepare(cfg):
 
 
 def _prepare(cfg, folder, work):
-    source, files = corpus.local_source(cfg)
+    source, files = sources.local_source(cfg)
     manifest = data.read_manifest(folder)
     if manifest is not None:
         split = {"seed": cfg.seed, "val_fraction": cfg.val_fraction}
@@ -206,16 +188,16 @@ def _prepare(cfg, folder, work):
         return manifest
     if any((folder / f"{name}.bin").exists() for name in ("train", "val")) and not work.exists():
         raise ValueError(f"{folder} holds bins without a meta.json: move them, or choose another --out_dir=…")
-    data.get_tokenizer(cfg.tokenizer)  # a missing vocabulary shows before the download
+    tokenizers.get_tokenizer(cfg.tokenizer)  # a missing vocabulary shows before the download
     if files is None:
-        hub = corpus.find_on_hub(cfg, work)
+        hub = sources.find_on_hub(cfg, work)
         source["revision"] = hub.revision
         if hub.missing:
-            needs = [(corpus.hub_cache(), hub.missing_bytes, "the download")]
+            needs = [(sources.hub_cache(), hub.missing_bytes, "the download")]
             if hub.repository == OPENWEBTEXT[0]:
                 needs.append((work, 4 * OPENWEBTEXT_COUNTS["tokens"], "twice the bins"))
             require_space(*needs)
-        files = corpus.download(hub)
+        files = sources.download(hub)
     work.mkdir(parents=True, exist_ok=True)
     return _encode_and_gather(cfg, folder, work, source, files)
 
@@ -236,16 +218,16 @@ def _disk_errors(folder):
 
 def _encode_and_gather(cfg, folder, work, source, files):
     settings = {"source": {name: source[name] for name in source if name != "files"}, "tokenizer": cfg.tokenizer}
-    tokenizer = data.get_tokenizer(cfg.tokenizer)
+    tokenizer = tokenizers.get_tokenizer(cfg.tokenizer)
     dtype, eot, records = data.dtype_for(tokenizer.n_vocab), tokenizer.eot_token, [file.record() for file in files]
-    with contextlib.closing(tokens.TokenFile(work, settings, records, data.DTYPES[dtype], eot)) as store:
+    with contextlib.closing(token_file.TokenFile(work, settings, records, data.DTYPES[dtype], eot)) as store:
         try:
-            encoder = encode(cfg, files, store, tokens.Encoder(cfg.tokenizer, distrust=store.distrust))
-            orders = split(store.documents, cfg.val_fraction, cfg.seed)
+            encoder = encode(cfg, files, store, encoding.Encoder(cfg.tokenizer, distrust=store.distrust))
+            orders = gathering.split(store.documents, cfg.val_fraction, cfg.seed)
             for name in orders:
                 (folder / f"{name}.bin").unlink(missing_ok=True)  # moved there by a preparation that ended right then
             with Progress("gathering", 4 * store.size) as progress:
-                splits = tokens.gather(
+                splits = gathering.gather(
                     store.path, store.document_ends(), orders, work, data.DTYPES[dtype], progress.update
                 )
         except BaseException:
@@ -325,7 +307,7 @@ def verify(folder):
         path = Path(folder) / f"{name}.bin"
         if not path.exists():
             raise ValueError(f"{path} is missing: delete the folder and prepare it again")
-        found = data.sha256_of(path)
+        found = sha256_of(path)
         if found != expected["sha256"]:
             raise ValueError(f"{path} is damaged: its SHA-256 is {found}, not {expected['sha256']}; prepare it again")
         print(f"{path}: {expected['tokens']:,} tokens, {found} as in meta.json")

@@ -13,14 +13,10 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-import arms
-import comparison
 import configurator
-import figures
-import page
-import sections
-from cost import cost
+from engine.flops import cost
 from model import GPTConfig
+from studies import arms, comparison, figures, page, sections
 
 
 @dataclass

@@ -12,12 +12,10 @@ from typing import Literal
 
 import torch
 
-import checkpoint
 import configurator
-import data
-import decode
-import parallel
-import runlog
+from corpus import tokenizers
+from engine import checkpoint, decode, devices
+from engine.files import read_json
 
 
 @dataclass
@@ -74,25 +72,25 @@ def sample(cfg):
 
     folder = Path(cfg.out_dir) if cfg.out_dir else newest_run(cfg.ckpt)
     state = checkpoint.load(folder / cfg.ckpt)
-    run = runlog.read_json(folder / "run.json")
+    run = read_json(folder / "run.json")
     if run is None:
         raise ValueError(f"{folder} has no run.json, which names the tokenizer: is it a run folder?")
     if not state["model_config"].get("causal", True):
         raise ValueError(f"{folder / cfg.ckpt} is an encoder (causal=False): it fills masks and cannot continue a text")
-    tokenizer = data.get_tokenizer(run["data"]["tokenizer"])
+    tokenizer = tokenizers.get_tokenizer(run["data"]["tokenizer"])
     # An empty prompt begins where documents do, after the end of the one before.
     prompt = tokenizer.encode_ordinary(prompt_text(cfg.start)) or [tokenizer.eot_token]
-    device = parallel.choose_device(cfg.device)
+    device = devices.choose_device(cfg.device)
     model = checkpoint.build_model(state).to(device).eval()
-    dtype = parallel.choose_dtype(cfg.dtype, device, model.config, cfg.num_samples, cfg.compile)
+    dtype = devices.choose_dtype(cfg.dtype, device, model.config, cfg.num_samples, cfg.compile)
     decode.lay_out(model, cfg.num_samples, dtype)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     print(f"{folder / cfg.ckpt}, step {state['step']}", file=sys.stderr)
 
     with (
         tqdm(total=cfg.num_samples * cfg.max_new_tokens, unit="token", disable=not sys.stderr.isatty()) as bar,
-        parallel.autocast(device, dtype),
-        parallel.prefer_attention(device),
+        devices.autocast(device, dtype),
+        devices.prefer_attention(device),
     ):
         tokens = decode.generate(
             model,

@@ -15,12 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
 import configurator
 import data
-import diagnostics
-import parallel
-import runlog
+from engine import checkpoint, devices, diagnostics, distributed, run_files, runlog, signals
+from engine.files import read_json, write_json
 from model import GPT
 from train_config import TrainConfig
 
@@ -96,9 +94,9 @@ class Trainer:
     def __init__(self, cfg):
         self.cfg = cfg
         self.folder = Path(cfg.out_dir)
-        self.world = parallel.world()
-        self.device = parallel.choose_device(cfg.device)
-        self.dtype = parallel.choose_dtype(cfg.dtype, self.device, cfg)
+        self.world = distributed.world()
+        self.device = devices.choose_device(cfg.device)
+        self.dtype = devices.choose_dtype(cfg.dtype, self.device, cfg)
         self.bins = data.load_bins(cfg.data_dir, cfg.dataset)
         needed = self.bins.manifest["vocab_size"] + (cfg.objective == "mlm")  # one more for the mask token
         if needed > cfg.vocab_size:
@@ -109,7 +107,7 @@ class Trainer:
         self.n_sequences = cfg.tokens_per_step // cfg.block_size
         self.n_own = cfg.sequences_per_process(self.world.size)  # of a step, in this process
         limit = first_tokens(self.device) // cfg.block_size
-        self.batch_size = cfg.batch_size or parallel.smaller_batch_size(self.n_own, limit)
+        self.batch_size = cfg.batch_size or devices.smaller_batch_size(self.n_own, limit)
         self.offsets(step=0)  # raises while nothing is written if there are too few tokens
         self.all_windows = data.evaluation_offsets(len(self.bins.val), cfg.block_size)
         self.some_windows = data.evaluation_offsets(len(self.bins.val), cfg.block_size, cfg.eval_windows)
@@ -128,15 +126,15 @@ class Trainer:
         if on_cuda:
             torch.set_float32_matmul_precision("high")
         if cfg.recompute:
-            parallel.recompute_activations(self.model)
+            devices.recompute_activations(self.model)
         self.compiled = on_cuda if cfg.compile is None else cfg.compile
-        self.model.chunked_loss = parallel.choose_loss(
+        self.model.chunked_loss = devices.choose_loss(
             cfg.chunked_loss, cfg.vocab_size, self.device, self.dtype, self.compiled
         )
-        self.fast_model, self.synchronise = parallel.spread(
+        self.fast_model, self.synchronise = distributed.spread(
             self.model, self.compiled, cfg.shard, self.world, self.device
         )
-        self.autocast = parallel.autocast(self.device, self.dtype)
+        self.autocast = devices.autocast(self.device, self.dtype)
         self.optimizer = make_optimizer(self.model, cfg, self.device.type)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.step, self.best_val_loss = 0, math.inf
@@ -149,7 +147,7 @@ class Trainer:
     def own_checkpoint(self):
         """The latest checkpoint of the run folder, if cfg goes on with it. Raises ValueError for a run in the way."""
         cfg, path = self.cfg, self.folder / "ckpt.pt"
-        if runlog.holds_run(self.folder) and not (cfg.resume or cfg.eval_only):
+        if run_files.holds_run(self.folder) and not (cfg.resume or cfg.eval_only):
             raise ValueError(f"{self.folder} holds a run: go on with --resume, or start another with --out_dir=…")
         if cfg.resume and not path.exists():
             print(f"{self.folder} has no checkpoint yet: the run begins at step 0")
@@ -163,7 +161,7 @@ class Trainer:
 
     def restore(self, state):
         """Take over everything but the weights from a checkpoint."""
-        self.optimizer.load_state_dict(parallel.cut(self.optimizer, state["optimizer"]))
+        self.optimizer.load_state_dict(distributed.cut(self.optimizer, state["optimizer"]))
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.best_val_loss = state["step"], state["best_val_loss"]
         self.train_seconds = state["train_seconds"]
@@ -182,7 +180,7 @@ class Trainer:
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        weights, optimizer = parallel.whole(self.model.state_dict()), parallel.whole(self.optimizer.state_dict())
+        weights, optimizer = distributed.whole(self.model.state_dict()), distributed.whole(self.optimizer.state_dict())
         if self.world.rank:
             return
         checkpoint.save(
@@ -255,7 +253,7 @@ class Trainer:
                         f"device's memory: set {hint + ', or ' * bool(hint)}recompute=True"
                     ) from error
             self.optimizer.zero_grad(set_to_none=True)
-            self.batch_size = parallel.smaller_batch_size(self.n_own, self.batch_size // 2)
+            self.batch_size = devices.smaller_batch_size(self.n_own, self.batch_size // 2)
             print(f"out of memory: from here on micro-batches of {self.batch_size} sequences")
 
     def start_clock(self):
@@ -284,7 +282,7 @@ class Trainer:
                 "offsets": self.offsets(step).tolist(),
             }
             if self.world.rank == 0:
-                data.write_json(self.folder / "nonfinite.json", dump)
+                write_json(self.folder / "nonfinite.json", dump)
             raise FloatingPointError(
                 f"step {step + 1}: loss {loss}, gradient norm {norm} (its batch: {self.folder / 'nonfinite.json'}); "
                 "the checkpoint before it is intact: resume from it with a smaller learning_rate"
@@ -324,11 +322,11 @@ def train(cfg):
     """
     run = Trainer(cfg)
     if cfg.eval_only:
-        with parallel.prefer_attention(run.device):
+        with devices.prefer_attention(run.device):
             result = mean_and_error(run.evaluate(run.all_windows))
         runlog.print_summary(result)
         return result
-    finished = runlog.read_json(run.folder / "summary.json")
+    finished = read_json(run.folder / "summary.json")
     if finished and run.step == cfg.max_iters:
         print(f"{run.folder} is finished: it has its {run.step} steps")
         return finished
@@ -337,8 +335,8 @@ def train(cfg):
     start_log = runlog.Silence if run.world.rank else runlog.RunLog
     with (
         start_log(cfg.out_dir, dataclasses.asdict(cfg), runlog.facts(run), run.step) as log,
-        parallel.prefer_attention(run.device),
-        parallel.StopSignal() as stop,
+        devices.prefer_attention(run.device),
+        signals.StopSignal() as stop,
     ):
         log.say(runlog.header(run))
 
@@ -388,10 +386,10 @@ def main(argv):
     out_dir = values.get("out_dir", TrainConfig.out_dir)
     if values.get("resume") or values.get("eval_only"):
         # What the run was started with need not be repeated.
-        stored = runlog.read_json(Path(out_dir) / "config.json")
+        stored = read_json(Path(out_dir) / "config.json")
         values = configurator.read(TrainConfig, argv, base=stored)
     result = train(TrainConfig(**{**values, "out_dir": out_dir}))
-    parallel.leave()
+    distributed.leave()
     return 0 if result else 130  # as a shell says of a command that Ctrl-C ended, so that what depends on it stops, too
 
 

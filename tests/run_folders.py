@@ -7,7 +7,7 @@ from pathlib import Path
 
 from conftest import TINY
 
-from cost import cost
+from engine.flops import cost
 from train_config import TrainConfig
 
 STEPS = (0, 20, 40)

@@ -12,15 +12,16 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
 import configurator
-import cost
+import cost as cost_command
 import data
 import model
 import prepare_owt
-import runlog
 import sample
 import train
+from engine import checkpoint, run_files
+from engine.files import sha256_of
+from engine.flops import cost
 from model import GPT, GPTConfig
 from train_config import TrainConfig
 
@@ -259,7 +260,7 @@ def test_costs_are_those_of_the_real_model():
             wq_identity=i % 2 == 0, bias=i % 3 == 0, tie_weights=i % 5 != 0, wk_identity=choice["n_kv_head"] is None
         )
         config = GPTConfig(**choice, **flags)
-        expected = cost.cost(config)
+        expected = cost(config)
         with torch.device("meta"):
             gpt = GPT(config).eval()
             idx = torch.zeros(2, 12, dtype=torch.int64)
@@ -274,11 +275,11 @@ def test_training_takes_three_times_the_operations():
     idx = torch.zeros(2, 12, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         GPT(config)(idx, idx)[1].backward()
-    assert counter.get_total_flops() == cost.cost(config).training_flops * idx.numel()
+    assert counter.get_total_flops() == cost(config).training_flops * idx.numel()
 
 
 def test_the_cost_table_says_what_the_paper_says(command):
-    status, out, _ = command(cost.main, CONFIG / "baseline_tied.py")
+    status, out, _ = command(cost_command.main, CONFIG / "baseline_tied.py")
     assert status == 0
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()]
     assert rows[2][1:3] == ["124.4 → 117.3 M (−5.7%)", "84.9 → 77.9 M (−8.3%)"]
@@ -330,7 +331,7 @@ def data_dir(tmp_path_factory):
     for split, tokens in (("train", bins.train), ("val", bins.val[:20_000])):
         path = folder / "stdlib" / f"{split}.bin"
         tokens.tofile(path)
-        splits[split] = {"tokens": len(tokens), "sha256": data.sha256_of(path)}
+        splits[split] = {"tokens": len(tokens), "sha256": sha256_of(path)}
     data.write_manifest(folder / "stdlib", **{**bins.manifest, "splits": splits})
     return folder
 
@@ -359,7 +360,7 @@ def test_every_overlay_trains_resumes_and_generates(overlay, variant, data_dir, 
     train.train(dataclasses.replace(cfg, out_dir="parts", resume=True))
     weights = [checkpoint.load(f"{name}/ckpt.pt")["model"] for name in ("straight", "parts")]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
-    losses = [record["val_loss"] for record in runlog.read_metrics("straight") if record["kind"] == "eval"]
+    losses = [record["val_loss"] for record in run_files.read_metrics("straight") if record["kind"] == "eval"]
     assert losses[-1] < losses[0] - 0.7
     assert math.isfinite(straight["val_loss"])
 
@@ -378,6 +379,6 @@ def test_gpt3_s_sizes(size, millions, d_k):
     cfg = configurator.parse(TrainConfig, [str(configurator.ROOT / name) for name in files])
     with torch.device("meta"):
         built = GPT(cfg.model_config())
-    assert built.num_params().total == cost.cost(cfg).total
+    assert built.num_params().total == cost(cfg).total
     assert round(built.num_params().total / 1e6) == millions
     assert cfg.n_embd // cfg.n_head == d_k

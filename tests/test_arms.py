@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from run_folders import write_run, write_study
 
-import arms
+from studies import arms
 
 REDUCED = dict(wq_identity=True, attn_scale=0.5)
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import checkpoint
+from engine import checkpoint
 from model import ACTIVATIONS
 from theory import basis_transfer as bt
 from theory import basis_transfer_report as report

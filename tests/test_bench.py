@@ -13,13 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bench
-import decode
-import hardware
-import parallel
-import profiling
-import timing
-from cost import cost
+from engine import decode, devices, distributed
+from engine.flops import cost
 from model import GPT, GPTConfig
+from speed import hardware, profiling, timing
 
 CPU = torch.device("cpu")
 QUICK = ["--repeats=3", "--warmup=1", "--min_seconds=0", "--decode_tokens=6", "--decode_prompt=3", "--decode_batch=2"]
@@ -395,12 +392,12 @@ def test_each_precision_is_measured_by_its_own_limit(quick, monkeypatch):
 
 
 def test_decoding_is_in_the_precision_that_sampling_would_choose(quick, tmp_path, monkeypatch):
-    choose = parallel.choose_dtype
+    choose = devices.choose_dtype
 
     def choose_dtype(name, device, config, n_decoded=None, compiled=False):
         return torch.bfloat16 if name == "auto" and n_decoded == 3 else choose(name, device, config)
 
-    monkeypatch.setattr(parallel, "choose_dtype", choose_dtype)
+    monkeypatch.setattr(devices, "choose_dtype", choose_dtype)
     timed = bench.timed_config(quick(dtype="auto"), tmp_path)
     model, seen = bench.Model("baseline", timed), []
     model.run.model.register_forward_hook(lambda module, args, out: seen.append(out[0].dtype))
@@ -453,7 +450,7 @@ def test_a_mistake_ends_in_one_line(refuses, tmp_path, monkeypatch, argv, words)
 
 
 def test_it_is_one_process(refuses, monkeypatch):
-    monkeypatch.setattr(bench.parallel, "world", lambda: types.SimpleNamespace(size=2))
+    monkeypatch.setattr(distributed, "world", lambda: types.SimpleNamespace(size=2))
     refuses(bench.main, words=["torchrun"])
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
+import configurator
+from engine import checkpoint
 from model import GPT, GPTConfig
 
 SMALL = GPTConfig(block_size=8, vocab_size=19, n_layer=2, n_head=2, n_embd=8)
@@ -93,13 +94,13 @@ def test_weights_of_another_shape_are_refused_with_the_options_that_differ(tmp_p
 def test_a_kill_while_writing_leaves_a_whole_checkpoint(tmp_path):
     # A process writes checkpoints without end; whenever it is killed, the one under the name is whole.
     program = (
-        "import sys, torch, checkpoint\n"
+        "import sys, torch\nfrom engine import checkpoint\n"
         "for step in range(10**6):\n"
         "    checkpoint.save(sys.argv[1], step=step, tensor=torch.full((300_000,), float(step)))\n"
         "    print(step, flush=True)\n"
     )
     path = tmp_path / "ckpt.pt"
-    root = Path(checkpoint.__file__).parent
+    root = configurator.ROOT
     for delay in (0.0, 0.003, 0.007):
         with subprocess.Popen([sys.executable, "-c", program, path], cwd=root, stdout=subprocess.PIPE) as process:
             process.stdout.readline()

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-import comparison
+from studies import comparison
 
 
 @pytest.mark.parametrize("n", [3, 5])

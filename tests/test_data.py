@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data
+from corpus import tokenizers
 
 SEEDS = st.integers(0, 2**32)
 
@@ -132,7 +133,7 @@ def test_damaged_data_is_refused(tmp_path, spoil, words):
 
 @given(st.text())
 def test_the_byte_tokenizer_is_utf_8(text):
-    tokenizer = data.get_tokenizer("bytes")
+    tokenizer = tokenizers.get_tokenizer("bytes")
     tokens = tokenizer.encode_ordinary(text)
     assert tokens == list(text.encode())
     assert tokenizer.decode(tokens) == text

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model import randomise
 
-import decode
-from decode import sample_token
+from engine import decode
+from engine.decode import sample_token
 from model import GPT, GPTConfig
 
 SHAPE = dict(block_size=24, vocab_size=97, n_layer=3, n_head=4, n_embd=32)

@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import diagnostics
-import runlog
 import train
+from engine import checkpoint, diagnostics, run_files, runlog
 from model import GPT, GPTConfig
 
 SHAPE = dict(block_size=8, vocab_size=32, n_layer=3, n_head=4, n_embd=16)
@@ -81,10 +79,10 @@ def test_a_run_with_diagnostics_is_the_same_run(tiny):
     assert with_them["val_loss"] == without["val_loss"]
     weights, expected = (checkpoint.load(f"{folder}/ckpt.pt")["model"] for folder in ("with", "without"))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    records = [record for record in runlog.read_metrics("with") if record["kind"] == "diagnostics"]
+    records = [record for record in run_files.read_metrics("with") if record["kind"] == "diagnostics"]
     assert [record["step"] for record in records] == [0, 10, 20, 30, 40]
     assert all(len(record["attn_entropy"]) == cfg.n_layer for record in records)
-    assert not any(record["kind"] == "diagnostics" for record in runlog.read_metrics("without"))
+    assert not any(record["kind"] == "diagnostics" for record in run_files.read_metrics("without"))
 
 
 def test_diagnostics_of_a_bfloat16_run_that_recomputes_are_those_of_float32(tiny):
@@ -92,7 +90,7 @@ def test_diagnostics_of_a_bfloat16_run_that_recomputes_are_those_of_float32(tiny
     train.train(tiny(out_dir="recomputed", diagnostics=True, max_iters=10, recompute=True))
     train.train(tiny(out_dir="bfloat16", diagnostics=True, max_iters=10, recompute=True, dtype="bfloat16"))
     plain, recomputed, rounded = (
-        [record for record in runlog.read_metrics(folder) if record["kind"] == "diagnostics"]
+        [record for record in run_files.read_metrics(folder) if record["kind"] == "diagnostics"]
         for folder in ("plain", "recomputed", "bfloat16")
     )
     for name, values in plain[-1].items():

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import configurator
 import data
 import eliminate
-import runlog
 import sample
 import train
+from engine import checkpoint, run_files
+from engine.files import read_json
 
 ATTENTION_SKIP_ONLY = dict(norm="none", mlp_skip=False, vocab_size=320)
 SCHEDULE = dict(max_iters=200, learning_rate=3e-2, eval_interval=1000, eval_windows=1000, log_interval=100)
@@ -90,12 +90,12 @@ def test_the_new_file_samples_the_same_text_and_trains_on(trained):
     ]
     assert texts[0] == texts[1]
     reduced = checkpoint.build_model(checkpoint.load("out/new/ckpt.pt"))
-    assert runlog.read_json("out/new/run.json")["parameters"]["total"] == reduced.num_params().total
+    assert read_json("out/new/run.json")["parameters"]["total"] == reduced.num_params().total
 
     before = validation_loss(cfg, "out/run/ckpt.pt")
     on = dict(wq_identity=True, init_from="out/new/ckpt.pt", out_dir="out/on", learning_rate=1e-3, max_iters=50)
     train.train(dataclasses.replace(cfg, **on))
-    losses = [record["val_loss"] for record in runlog.read_metrics("out/on") if record["kind"] == "eval"]
+    losses = [record["val_loss"] for record in run_files.read_metrics("out/on") if record["kind"] == "eval"]
     assert losses[0] == pytest.approx(before, abs=1e-4)  # before the first step
     assert losses[-1] < before
 
@@ -119,7 +119,7 @@ def test_what_it_prints(trained, command):
         assert f"  {dtype:<8}  {row['difference']:.2e}, relative {row['relative']:.2e}" in out
         assert math.isfinite(row["difference"])
         assert (row["rounding"] == 0) == (dtype == "float64")
-    assert runlog.read_json("out/run/run.json").get("eliminated") is None  # the run's own file stays
+    assert read_json("out/run/run.json").get("eliminated") is None  # the run's own file stays
 
 
 def test_one_layer_of_one_stream_and_remark_2(trained, capsys):

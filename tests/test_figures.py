@@ -3,11 +3,8 @@ import pytest
 import run_folders
 from run_folders import write_study
 
-import arms
-import comparison
-import drawing
-import figures
 import report
+from studies import arms, comparison, drawing, figures
 
 REDUCED = dict(wq_identity=True, attn_scale=0.5, weight_decay=2**-5)
 PAIR = {"base": {}, "reduced": REDUCED}

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import linear_cross_entropy
 import train
+from engine import linear_cross_entropy
 from model import GPT, GPTConfig
 
 

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import parallel
-import runlog
 import train
+from engine import checkpoint, devices, run_files
+from engine.files import read_json
 from model import GPTConfig
 
 STEPS = 50
@@ -24,7 +23,7 @@ SCHEDULE = dict(max_iters=STEPS, eval_interval=25, batch_size=2, dtype="float32"
 
 def losses(folder):
     """Training losses and gradient norms of each step, then validation losses, of a run folder."""
-    records = runlog.read_metrics(folder)
+    records = run_files.read_metrics(folder)
     train_records = [(r["loss"], r["grad_norm"]) for r in records if r["kind"] == "train"]
     assert len(train_records) == STEPS
     return np.array(train_records), np.array([r["val_loss"] for r in records if r["kind"] == "eval"])
@@ -66,7 +65,7 @@ def test_two_processes_are_the_run_of_one_sharded_or_not_and_go_on_from_each_oth
             torch.testing.assert_close(state["model"][name], tensor, rtol=1e-3, atol=1e-4)
         for index, entry in reference["optimizer"]["state"].items():
             assert state["optimizer"]["state"][index]["exp_avg"].shape == entry["exp_avg"].shape
-        assert runlog.read_json(f"{folder}/summary.json")["windows"] == 31
+        assert read_json(f"{folder}/summary.json")["windows"] == 31
 
 
 def test_a_batch_that_does_not_divide_among_processes_is_refused(tiny):
@@ -120,7 +119,7 @@ def test_an_evaluation_that_does_not_fit_halves_the_micro_batch_too(tiny, monkey
 
 @pytest.mark.parametrize(("n", "limit", "size"), [(480, 64, 60), (32, 64, 32), (7, 6, 1), (480, 0, 1), (30, 7, 6)])
 def test_micro_batches_divide_the_sequences(n, limit, size):
-    assert parallel.smaller_batch_size(n, limit) == size
+    assert devices.smaller_batch_size(n, limit) == size
 
 
 @pytest.mark.parametrize(
@@ -160,6 +159,6 @@ def test_auto_is_bfloat16_on_a_cpu_where_that_was_measured_to_be_faster(monkeypa
         (384, 50304, 4, fast),
     ):
         config = GPTConfig(n_embd=n_embd, n_head=4, vocab_size=vocab_size)
-        assert parallel.choose_dtype("auto", cpu, config, n_decoded) == expected
-        assert parallel.choose_dtype("float16", cpu, config, n_decoded) == torch.float16
-    assert parallel.choose_dtype("auto", cpu, config, n_decoded=4, compiled=True) == torch.float32
+        assert devices.choose_dtype("auto", cpu, config, n_decoded) == expected
+        assert devices.choose_dtype("float16", cpu, config, n_decoded) == torch.float16
+    assert devices.choose_dtype("auto", cpu, config, n_decoded=4, compiled=True) == torch.float32

@@ -9,10 +9,9 @@ import torch
 from torch.nn import functional as F
 
 import bench
-import hardware
-import planning
-from cost import cost
+from engine.flops import cost
 from model import GPT, GPTConfig
+from speed import hardware, planning
 from train_config import TrainConfig
 
 H100 = "NVIDIA H100 80GB HBM3"

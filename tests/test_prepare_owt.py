@@ -26,26 +26,34 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import corpus
 import data
 import prepare_owt
-import tokens
+from corpus import encoding, gathering, sources, token_file, tokenizers
 from prepare_owt import PrepareConfig, main
 
 ROOT = Path(__file__).parent.parent
 UNICODE = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x110000))))
-ODD_TEXTS = ["", "", " ", data.END_OF_TEXT, f"a {data.END_OF_TEXT}b{data.END_OF_TEXT}", "\n\n \t\r\n", "\0", "n" * 5000]
+ODD_TEXTS = [
+    "",
+    "",
+    " ",
+    tokenizers.END_OF_TEXT,
+    f"a {tokenizers.END_OF_TEXT}b{tokenizers.END_OF_TEXT}",
+    "\n\n \t\r\n",
+    "\0",
+    "n" * 5000,
+]
 
 
 @pytest.fixture
 def vocabulary(tmp_path, monkeypatch):
     """GPT-2's vocabulary as tiktoken keeps it, in a copy, as tiktoken deletes files that it finds damaged."""
     folder = os.environ.get("TIKTOKEN_CACHE_DIR")
-    if not folder or not all((Path(folder) / name).is_file() for name in data.GPT2_VOCABULARY.values()):
+    if not folder or not all((Path(folder) / name).is_file() for name in tokenizers.GPT2_VOCABULARY.values()):
         pytest.skip("TIKTOKEN_CACHE_DIR does not name a folder with GPT-2's vocabulary")
     copy = tmp_path / "vocabulary"
     copy.mkdir()
-    for name in data.GPT2_VOCABULARY.values():
+    for name in tokenizers.GPT2_VOCABULARY.values():
         shutil.copyfile(Path(folder) / name, copy / name)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(copy))
     return copy
@@ -54,11 +62,11 @@ def vocabulary(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch):
     """Several batches, windows and commits, although the corpora of the tests are small."""
-    monkeypatch.setattr(corpus, "BATCH_BYTES", 2**14)
-    monkeypatch.setattr(tokens, "MEMORY_BYTES", 2**16)
-    monkeypatch.setattr(tokens, "WINDOW_BYTES", 2**16)
-    monkeypatch.setattr(tokens, "CHUNK_BYTES", 2**15)
-    monkeypatch.setattr(tokens, "COMMIT_BYTES", 2**15)
+    monkeypatch.setattr(sources, "BATCH_BYTES", 2**14)
+    monkeypatch.setattr(gathering, "MEMORY_BYTES", 2**16)
+    monkeypatch.setattr(gathering, "WINDOW_BYTES", 2**16)
+    monkeypatch.setattr(token_file, "CHUNK_BYTES", 2**15)
+    monkeypatch.setattr(token_file, "COMMIT_BYTES", 2**15)
 
 
 def make_texts(n, seed=0):
@@ -98,7 +106,7 @@ def write_jsonl(path, texts):
 
 def reference(texts, tokenizer="bytes", val_fraction=0.05, seed=2357):
     """split -> the bytes of its bin, by the recipe that everybody knows."""
-    encoding = data.get_tokenizer(tokenizer)
+    encoding = tokenizers.get_tokenizer(tokenizer)
     parts = datasets.Dataset.from_dict({"text": texts}).train_test_split(val_fraction, seed=seed, shuffle=True)
     return {
         name: np.array(
@@ -141,7 +149,9 @@ def test_bins_equal_the_literal_recipe(tmp_path, request, monkeypatch, encoder):
     if encoder != "bytes":
         request.getfixturevalue("vocabulary")
     texts = make_texts(10_000)
-    assert len(texts) == 10_000 and set("".join(texts)) >= set(UNICODE) and data.END_OF_TEXT in texts and "" in texts
+    assert (
+        len(texts) == 10_000 and set("".join(texts)) >= set(UNICODE) and tokenizers.END_OF_TEXT in texts and "" in texts
+    )
     if encoder == "gigatoken":
         pytest.importorskip("gigatoken")
     else:
@@ -164,7 +174,7 @@ def test_bins_equal_the_literal_recipe(tmp_path, request, monkeypatch, encoder):
 @pytest.mark.parametrize("n", [2, 7, 1000, 12_345])
 def test_the_split_is_that_of_train_test_split(n, fraction, seed):
     parts = datasets.Dataset.from_dict({"i": range(n)}).train_test_split(fraction, seed=seed, shuffle=True)
-    ours = prepare_owt.split(n, fraction, seed)
+    ours = gathering.split(n, fraction, seed)
     assert ours["train"].tolist() == parts["train"]["i"][:]
     assert ours["val"].tolist() == parts["test"]["i"][:]
 
@@ -198,7 +208,7 @@ def test_the_form_of_the_files_does_not_matter(tmp_path):
 
 def test_half_a_surrogate_pair_is_read_as_tiktoken_reads_it(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a\\ud83d b"}\n\n{"text": "\\ud83d\\ude00"}\n')
-    texts = [text for batch in corpus.batches([corpus.text_file(str(tmp_path / "a.jsonl"), "a.jsonl")], "text")
+    texts = [text for batch in sources.batches([sources.text_file(str(tmp_path / "a.jsonl"), "a.jsonl")], "text")
              for text in batch.texts.to_pylist()]  # fmt: skip
     assert texts == ["a\ufffd b", "\U0001f600"]
 
@@ -207,9 +217,9 @@ def test_half_a_surrogate_pair_is_read_as_tiktoken_reads_it(tmp_path):
 def test_reading_can_begin_at_any_document(tmp_path, name):
     texts = make_texts(40)
     write_shards(tmp_path, texts, 1, name, write_jsonl if "jsonl" in name else None)
-    file = corpus.text_file(str(tmp_path / name.format(0)), name)
+    file = sources.text_file(str(tmp_path / name.format(0)), name)
     for skip in range(len(texts) + 1):
-        found = list(corpus.batches([file], "text", 0, skip))
+        found = list(sources.batches([file], "text", 0, skip))
         assert [text for batch in found for text in batch.texts.to_pylist()] == texts[skip:]
         assert [batch.first for batch in found[:1]] == [skip][: len(found)]
 
@@ -218,7 +228,7 @@ def test_memory_does_not_depend_on_the_size_of_a_row_group(tmp_path):
     texts = [random.Random(i).randbytes(2000).hex() for i in range(10_000)]  # 40 MB
     pq.write_table(pa.table({"text": texts}), tmp_path / "one.parquet", row_group_size=10**6)
     before, peak, n = pa.total_allocated_bytes(), 0, 0
-    for batch in corpus.batches([corpus.text_file(str(tmp_path / "one.parquet"), "one.parquet")], "text"):
+    for batch in sources.batches([sources.text_file(str(tmp_path / "one.parquet"), "one.parquet")], "text"):
         n += len(batch.texts)
         peak = max(peak, pa.total_allocated_bytes() - before)
     assert n == len(texts) and peak < 16e6
@@ -237,13 +247,14 @@ def test_gather_puts_documents_in_order_whatever_the_windows(tmp_path_factory, l
     rng = np.random.default_rng(seed)
     documents = [np.append(rng.integers(0, 256, n), eot).astype(dtype) for n in lengths]
     np.concatenate(documents).tofile(folder / "tokens.bin")
-    orders = prepare_owt.split(len(documents), 0.2, seed)
+    orders = gathering.split(len(documents), 0.2, seed)
     done = []
     with pytest.MonkeyPatch.context() as patch:
-        for name, n_bytes in {"MEMORY": memory, "WINDOW": 2 * window, "CHUNK": 2 * chunk}.items():
-            patch.setattr(tokens, f"{name}_BYTES", n_bytes)
-        ends = np.cumsum(tokens.document_lengths(folder / "tokens.bin", dtype, eot, len(documents)))
-        splits = tokens.gather(folder / "tokens.bin", ends, orders, folder, dtype, done.append)
+        patch.setattr(gathering, "MEMORY_BYTES", memory)
+        patch.setattr(gathering, "WINDOW_BYTES", 2 * window)
+        patch.setattr(token_file, "CHUNK_BYTES", 2 * chunk)
+        ends = np.cumsum(token_file.document_lengths(folder / "tokens.bin", dtype, eot, len(documents)))
+        splits = gathering.gather(folder / "tokens.bin", ends, orders, folder, dtype, done.append)
     for name, order in orders.items():
         expected = np.concatenate([documents[i] for i in order])
         assert (folder / f"{name}.bin").read_bytes() == expected.tobytes()
@@ -268,7 +279,7 @@ def test_gigatoken_that_disagrees_is_replaced_from_the_beginning(tmp_path, vocab
     texts = make_texts(2000)
     pattern = write_shards(tmp_path / "in", texts)
     state = tmp_path / "out" / "unfinished" / "state.json"
-    real = tokens.Encoder._try_gigatoken
+    real = encoding.Encoder._try_gigatoken
 
     def wrong_once(encoder):
         real(encoder)
@@ -280,7 +291,7 @@ def test_gigatoken_that_disagrees_is_replaced_from_the_beginning(tmp_path, vocab
 
         encoder._encode = wrong_later
 
-    monkeypatch.setattr(tokens.Encoder, "_try_gigatoken", wrong_once)
+    monkeypatch.setattr(encoding.Encoder, "_try_gigatoken", wrong_once)
     manifest = prepare(pattern, tmp_path / "out", tokenizer="gpt2")
     assert "gigatoken disagrees with tiktoken" in capsys.readouterr().out
     assert manifest["encoder"] == "tiktoken" and "gigatoken" not in manifest["versions"]
@@ -289,15 +300,15 @@ def test_gigatoken_that_disagrees_is_replaced_from_the_beginning(tmp_path, vocab
 
 def test_without_gigatoken_tiktoken_encodes_and_says_so(vocabulary, monkeypatch, capsys):
     without_gigatoken(monkeypatch)
-    assert tokens.Encoder("gpt2").name == "tiktoken"
+    assert encoding.Encoder("gpt2").name == "tiktoken"
     assert capsys.readouterr().out.startswith("gigatoken is not installed")
 
 
 def test_every_file_has_checked_documents_and_they_are_few(tmp_path):
     texts = [random.Random(i).randbytes(2500).hex() for i in range(600)]
     write_shards(tmp_path, texts, 5)
-    files = [corpus.text_file(str(path), path.name) for path in sorted(tmp_path.glob("*.parquet"))]
-    batches = list(tokens.with_checks(corpus.batches(files, "text")))
+    files = [sources.text_file(str(path), path.name) for path in sorted(tmp_path.glob("*.parquet"))]
+    batches = list(encoding.with_checks(sources.batches(files, "text")))
     checked = [batch.file for batch in batches if batch.check is not None]
     assert set(checked) == set(range(5)) and len(checked) < 20
 
@@ -308,7 +319,7 @@ def test_a_missing_vocabulary_names_both_files_and_their_place(tmp_path):
         "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
     }
     for name, cached in names.items():
-        assert hashlib.sha1(f"{data.GPT2_VOCABULARY_URL}/{name}".encode()).hexdigest() == cached
+        assert hashlib.sha1(f"{tokenizers.GPT2_VOCABULARY_URL}/{name}".encode()).hexdigest() == cached
     (tmp_path / "a.txt").write_text("a")
     proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
     result = subprocess.run(
@@ -335,11 +346,12 @@ def test_a_missing_vocabulary_names_both_files_and_their_place(tmp_path):
 # Small pieces, and so slow that a kill comes in the middle.
 KILLED = """
 import time
-import configurator, corpus, prepare_owt, tokens
-corpus.BATCH_BYTES, tokens.COMMIT_BYTES, tokens.MEMORY_BYTES = 2**13, 2**16, 0
-tokens.WINDOW_BYTES, tokens.CHUNK_BYTES = 2**16, 2**14
-append = tokens.TokenFile.append
-tokens.TokenFile.append = lambda *arguments: (time.sleep(0.001), append(*arguments))
+import configurator, prepare_owt
+from corpus import gathering, sources, token_file
+sources.BATCH_BYTES, token_file.COMMIT_BYTES, gathering.MEMORY_BYTES = 2**13, 2**16, 0
+gathering.WINDOW_BYTES, token_file.CHUNK_BYTES = 2**16, 2**14
+append = token_file.TokenFile.append
+token_file.TokenFile.append = lambda *arguments: (time.sleep(0.001), append(*arguments))
 configurator.run(prepare_owt.main)
 """
 
@@ -380,7 +392,7 @@ def test_killed_at_twenty_moments_it_ends_in_the_same_bins(tmp_path):
 
 
 def test_a_damaged_file_keeps_what_was_done_and_goes_on_when_replaced(tmp_path, refuses, command, monkeypatch):
-    monkeypatch.setattr(tokens, "COMMIT_BYTES", 2**40)
+    monkeypatch.setattr(token_file, "COMMIT_BYTES", 2**40)
     texts = make_texts(3000)
     call = arguments(write_shards(tmp_path / "in", texts, 5), tmp_path / "out")
     bad = tmp_path / "in" / "shard-1.parquet"
@@ -432,11 +444,11 @@ def test_a_prepared_folder_is_left_alone(tmp_path, capsys):
 
 def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
     arguments = (tmp_path, {}, [], np.dtype("<u2"), 256)
-    store = tokens.TokenFile(*arguments)
+    store = token_file.TokenFile(*arguments)
     with pytest.raises(ValueError, match="another preparation"):
-        tokens.TokenFile(*arguments)
+        token_file.TokenFile(*arguments)
     store.close()
-    tokens.TokenFile(*arguments).close()
+    token_file.TokenFile(*arguments).close()
 
 
 def test_verify_tells_damaged_bins(tmp_path, refuses, command):
@@ -488,7 +500,7 @@ def test_a_full_disk_keeps_what_was_done(tmp_path, monkeypatch, refuses, command
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("a small tmpfs cannot be mounted here")
     try:
-        monkeypatch.setattr(tokens, "COMMIT_BYTES", 2**40)
+        monkeypatch.setattr(token_file, "COMMIT_BYTES", 2**40)
         monkeypatch.setattr(prepare_owt, "require_space", lambda *needs: None)  # as if others filled the disk meanwhile
         texts = ["".join(random.Random(i).choices("abcdefgh ", k=1000)) for i in range(400)]
         call = arguments(write_shards(tmp_path / "in", texts), disk / "out")
@@ -688,7 +700,7 @@ def test_the_counts_of_openwebtext_are_checked(tmp_path, capsys):
     known = prepare_owt.OPENWEBTEXT_SPLITS
     for name, total in prepare_owt.OPENWEBTEXT_COUNTS.items():
         assert sum(known[split][name] for split in known) == total
-    assert len(prepare_owt.split(prepare_owt.OPENWEBTEXT_COUNTS["documents"], 0.0005, 2357)["val"]) == 4007
+    assert len(gathering.split(prepare_owt.OPENWEBTEXT_COUNTS["documents"], 0.0005, 2357)["val"]) == 4007
     manifest = {
         "source": {"id": cfg.source, "subset": cfg.subset, "revision": cfg.revision, "text_column": "text"},
         "split": {"seed": 2357, "val_fraction": 0.0005},

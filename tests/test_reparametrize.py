@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-import decode
+from engine import decode
 from model import GPT, GPTConfig
 from theory import reparametrize
 from theory.reparametrize import eliminate

@@ -11,14 +11,10 @@ from conftest import TINY
 from run_folders import write_run, write_study
 from scipy import stats
 
-import arms
-import comparison
-import figures
-import page
 import report
-import sections
 import train
-from cost import cost
+from engine.flops import cost
+from studies import arms, comparison, figures, page, sections
 
 REDUCED = dict(wq_identity=True, attn_scale=0.5, weight_decay=2**-5)
 PAPER = dict(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768, dataset="openwebtext")

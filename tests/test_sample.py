@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import sample
 import train
+from engine import checkpoint
 
 
 @pytest.fixture

@@ -19,11 +19,13 @@ from conftest import TINY
 from run_folders import write_study
 
 import configurator
-import cost
 import report
-import study
 import sweep
 import train
+from engine import run_files
+from engine.flops import cost
+from studies import status, store, workers
+from studies.plan import plan, share
 from train_config import NO_PART_OF_RESULT, TrainConfig
 
 ROOT = Path(sweep.__file__).parent
@@ -75,7 +77,7 @@ def files(tiny, tmp_path):
 def fake(monkeypatch):
     """Let sweeps start a stand-in for train.py, and give the list of the folders that it was started for."""
     Path("fake.py").write_text(FAKE)
-    monkeypatch.setattr(sweep, "TRAIN", Path("fake.py"))
+    monkeypatch.setattr("studies.plan.TRAIN", Path("fake.py"))
     return lambda: Path("starts.txt").read_text().split() if Path("starts.txt").exists() else []
 
 
@@ -102,8 +104,8 @@ def folders(out, names=("baseline", "reduced"), seeds=(1, 2, 3)):
     return [f"{out}/{name}/seed{seed}" for seed in seeds for name in names]
 
 
-def plan(*argv, options=()):
-    return sweep.plan(configurator.parse(sweep.SweepConfig, list(argv), positional="files"), list(options))
+def planned(*argv, options=()):
+    return plan(configurator.parse(sweep.SweepConfig, list(argv), positional="files"), list(options))
 
 
 def records(folder, kind):
@@ -117,20 +119,20 @@ def test_a_study_that_is_killed_and_started_again_has_every_run_once(files, tmp_
     argv = [*files(**whole, log_interval=10), "--jobs=2", "--out_dir=out"]
     first = in_background(*argv)
     wait_until(lambda: any(Path(folder, "summary.json").exists() for folder in folders("out")))
-    wait_until(lambda: sum(study.last_step(folder) > 20 for folder in folders("out")) >= 3)
-    finished = [folder for folder in folders("out") if study.is_finished(folder)]
-    working = [folder for folder in folders("out") if study.state(folder) == "running"]
+    wait_until(lambda: sum(run_files.last_step(folder) > 20 for folder in folders("out")) >= 3)
+    finished = [folder for folder in folders("out") if run_files.is_finished(folder)]
+    working = [folder for folder in folders("out") if store.state(folder) == "running"]
     first.kill()
     first.join()
     for folder in working[:1]:  # one run is killed with its sweep, another lives on
         with contextlib.suppress(ProcessLookupError):
-            os.kill(study.read_note(study.lock_path(folder))["pid"], signal.SIGKILL)
+            os.kill(store.read_note(store.lock_path(folder))["pid"], signal.SIGKILL)
     second = in_background(*argv)
     second.join()
     assert second.exitcode == 0
     assert sorted(map(str, Path("out").glob("*/seed*/"))) == sorted(folders("out"))
     for folder in folders("out"):
-        assert study.state(folder) == "finished"
+        assert store.state(folder) == "finished"
         assert [record["step"] for record in records(folder, "train")] == list(range(10, 101, 10))
         assert [record["step"] for record in records(folder, "eval")] == [0, 20, 40, 60, 80, 100]
         segments = json.loads(Path(folder, "run.json").read_text())["segments"]
@@ -170,7 +172,7 @@ def test_sweeps_side_by_side_start_every_run_once(files, fake, shares):
         process.join()
         assert process.exitcode == 0
     assert sorted(fake()) == sorted(folders("out", seeds=range(1, 6)))
-    assert all(study.is_finished(folder) for folder in fake())
+    assert all(run_files.is_finished(folder) for folder in fake())
 
 
 def test_a_run_whose_sweep_was_killed_keeps_its_lock_and_is_waited_for(files, fake):
@@ -180,7 +182,7 @@ def test_a_run_whose_sweep_was_killed_keeps_its_lock_and_is_waited_for(files, fa
     wait_until(lambda: len(fake()) == 2)
     first.kill()
     first.join()
-    assert [study.state(folder) for folder in folders("out", seeds=[1])] == ["running"] * 2
+    assert [store.state(folder) for folder in folders("out", seeds=[1])] == ["running"] * 2
     second = in_background(*argv)
     time.sleep(0.5)
     assert second.is_alive()
@@ -191,30 +193,30 @@ def test_a_run_whose_sweep_was_killed_keeps_its_lock_and_is_waited_for(files, fa
 
 
 def test_a_lock_is_free_when_its_last_holder_is_killed(tmp_path):
-    lock = study.acquire(tmp_path / "lock")
+    lock = store.acquire(tmp_path / "lock")
     with subprocess.Popen(["sleep", "60"], pass_fds=[lock]) as child:
-        assert study.acquire(tmp_path / "lock") is None
+        assert store.acquire(tmp_path / "lock") is None
         os.close(lock)
-        assert study.is_locked(tmp_path / "lock"), "the child holds it"
+        assert store.is_locked(tmp_path / "lock"), "the child holds it"
         child.kill()
         child.wait()
-        assert not study.is_locked(tmp_path / "lock")
-        os.close(study.acquire(tmp_path / "lock"))
-    assert not study.is_locked(tmp_path / "never")
+        assert not store.is_locked(tmp_path / "lock")
+        os.close(store.acquire(tmp_path / "lock"))
+    assert not store.is_locked(tmp_path / "never")
 
 
 def test_failures_are_reported_at_the_end_and_tried_again(files, fake, command):
     argv = [*files(TWO_ARMS + "grid = {'n_layer': [3, 2]}\nseeds = [1]"), "--out_dir=out"]
-    status, out, _ = command(sweep.main, *argv)
-    assert status == 1
+    code, out, _ = command(sweep.main, *argv)
+    assert code == 1
     names = [f"{arm},n_layer={n}" for n in (3, 2) for arm in ("baseline", "reduced")]
     assert fake() == folders("out", names, [1])
-    assert [study.state(folder) for folder in fake()] == ["failed", "failed", "finished", "finished"]
+    assert [store.state(folder) for folder in fake()] == ["failed", "failed", "finished", "finished"]
     assert "reduced,n_layer=3/seed1: exit status 1; the end of out/reduced,n_layer=3/seed1/log.txt:" in out
     assert "    error: three layers are too many" in out
     Path("mended").touch()
-    status, out, _ = command(sweep.main, *argv)
-    assert status == 0
+    code, out, _ = command(sweep.main, *argv)
+    assert code == 0
     assert fake()[4:] == folders("out", names[:2], [1])
     assert "all 4 runs are finished" in out
 
@@ -222,24 +224,24 @@ def test_failures_are_reported_at_the_end_and_tried_again(files, fake, command):
 def test_a_run_that_diverged_is_not_tried_again_until_its_file_is_deleted(files, fake, command):
     argv = [*files(TWO_ARMS + "grid = {'n_layer': [5, 2, 3]}\nseeds = [1]"), "--out_dir=out"]
     names = [f"{arm},n_layer={n}" for n in (5, 2, 3) for arm in ("baseline", "reduced")]
-    status, out, _ = command(sweep.main, *argv)
-    assert status == 1
+    code, out, _ = command(sweep.main, *argv)
+    assert code == 1
     assert fake() == folders("out", names, [1])
-    assert [study.state(folder) for folder in fake()] == ["diverged"] * 2 + ["finished"] * 2 + ["failed"] * 2
+    assert [store.state(folder) for folder in fake()] == ["diverged"] * 2 + ["finished"] * 2 + ["failed"] * 2
     assert "2 of 6 runs done, 2 failed, 2 diverged\n" in out
     assert "baseline,n_layer=5/seed1: diverged at step 17; see out/baseline,n_layer=5/seed1/nonfinite.json" in out
     assert "2 of 6 runs diverged; the same command does not try one again unless you delete its nonfinite.json" in out
     assert "2 of 6 runs did not end" in out and "baseline,n_layer=5/seed1: exit status" not in out
     assert "2 failed, 2 diverged, 2 finished" in command(sweep.main, *argv, "--watch=1")[1]
     Path("mended").touch()
-    status, out, _ = command(sweep.main, *argv)
-    assert status == 1, "not all runs are finished"
+    code, out, _ = command(sweep.main, *argv)
+    assert code == 1, "not all runs are finished"
     assert fake()[6:] == folders("out", names[4:], [1]), "what failed is tried again"
     assert "4 of 6 runs done, 2 diverged\n" in out and "did not end" not in out
     for folder in folders("out", names[:2], [1]):
         Path(folder, "nonfinite.json").unlink()
-    status, out, _ = command(sweep.main, *argv)
-    assert (status, fake()[8:]) == (0, folders("out", names[:2], [1]))
+    code, out, _ = command(sweep.main, *argv)
+    assert (code, fake()[8:]) == (0, folders("out", names[:2], [1]))
     assert "all 6 runs are finished" in out
 
 
@@ -254,10 +256,10 @@ def test_a_run_that_diverged_is_told_in_the_report(tmp_path):
 def test_fail_fast_stops_the_others(files, fake, command):
     Path("wait").touch()
     text = "arms = {'good': '', 'bad': '--n_layer=3', 'later': '--n_layer=4'}\ncontrol = 'good'\nseeds = [1]"
-    status, out, _ = command(sweep.main, *files(text), "--out_dir=out", "--jobs=2", "--fail_fast")
-    assert status == 1
+    code, out, _ = command(sweep.main, *files(text), "--out_dir=out", "--jobs=2", "--fail_fast")
+    assert code == 1
     assert fake() == ["out/good/seed1", "out/bad/seed1"] or fake() == ["out/bad/seed1", "out/good/seed1"]
-    assert [study.state(f"out/{name}/seed1") for name in ("good", "bad", "later")] == [
+    assert [store.state(f"out/{name}/seed1") for name in ("good", "bad", "later")] == [
         "stopped",
         "failed",
         "not started",
@@ -270,13 +272,13 @@ def test_a_signal_stops_the_runs_and_the_same_command_goes_on(files, fake, comma
     argv = [*files(), "--out_dir=out", "--jobs=2", "--seeds=1"]
     Path("wait").touch()
     process = in_background(*argv)
-    wait_until(lambda: all(study.last_step(folder) for folder in folders("out", seeds=[1])))
+    wait_until(lambda: all(run_files.last_step(folder) for folder in folders("out", seeds=[1])))
     os.killpg(process.pid, number)  # Ctrl-C goes to all of a terminal's foreground group
     process.join()
     assert process.exitcode == 130
     for folder in folders("out", seeds=[1]):
         assert "Interrupt" not in Path(folder, "log.txt").read_text(), "a run is told by its sweep alone, and once"
-    assert [study.state(folder) for folder in folders("out", seeds=[1])] == ["stopped"] * 2
+    assert [store.state(folder) for folder in folders("out", seeds=[1])] == ["stopped"] * 2
     Path("wait").unlink()
     assert command(sweep.main, *argv)[0] == 0
     assert len(fake()) == 4
@@ -284,8 +286,8 @@ def test_a_signal_stops_the_runs_and_the_same_command_goes_on(files, fake, comma
 
 def test_each_of_several_gpus_has_one_run_and_threads_are_divided(files, fake, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    runs, _ = plan(*files(), "--out_dir=out")
-    assert study.Execution(runs, jobs=3, gpus=["4", "7", "GPU-c"]).execute()
+    runs, _ = planned(*files(), "--out_dir=out")
+    assert workers.Execution(runs, jobs=3, gpus=["4", "7", "GPU-c"]).execute()
     logs = [(run.folder / "log.txt").read_text().splitlines()[1].split() for run in runs]
     assert {gpu for _, gpu, _, _ in logs} == {"4", "7", "GPU-c"}
     assert {threads for *_, threads in logs} == {str(max(1, len(os.sched_getaffinity(0)) // 3))}
@@ -296,7 +298,7 @@ def test_the_arms_of_a_seed_come_before_the_next_seed_and_pairs_side_by_side(fil
         TWO_ARMS
         + "grid = {'weight_decay': [0, 2**-5], 'attn_scale': [0.5, 1]}\nseeds = [7, 3]\nsettings = '--beta1=0.5'"
     )
-    runs, content = plan(*files(text), options=["--max_iters=8"])
+    runs, content = planned(*files(text), options=["--max_iters=8"])
     seeds = [run.seed for run in runs]
     assert seeds == [7] * 8 + [3] * 8
     assert [run.name for run in runs[:4]] == [
@@ -320,14 +322,14 @@ def test_the_arms_of_a_seed_come_before_the_next_seed_and_pairs_side_by_side(fil
 
 @pytest.mark.parametrize("of", range(1, 14))
 def test_shares_hold_every_run_once_and_all_arms_together(files, of):
-    runs, content = plan(*files(TWO_ARMS + "grid = {'beta1': [0.5, 0.9]}"))
-    shares = [sweep.share(runs, content["arms"], index, of) for index in range(of)]
-    assert sorted(run.label for share in shares for run in share) == sorted(run.label for run in runs)
-    sizes = [len(share) for share in shares]
+    runs, content = planned(*files(TWO_ARMS + "grid = {'beta1': [0.5, 0.9]}"))
+    parts = [share(runs, content["arms"], index, of) for index in range(of)]
+    assert sorted(run.label for part in parts for run in part) == sorted(run.label for run in runs)
+    sizes = [len(part) for part in parts]
     assert max(sizes) - min(sizes) <= (2 if of <= 6 else 1)
-    for share in shares if of <= 6 else ():
+    for part in parts if of <= 6 else ():
         groups = {}
-        for run in share:
+        for run in part:
             arm, _, point = run.name.partition(",")
             groups.setdefault((point, run.seed), set()).add(arm)
         assert set(map(frozenset, groups.values())) == {frozenset({"baseline", "reduced"})}
@@ -337,12 +339,12 @@ def test_shares_hold_every_run_once_and_all_arms_together(files, of):
 def test_a_share_holds_pairs_where_each_arm_has_a_control_of_its_own(files, of):
     arms = {f"{name}-{arm}": f"--norm={name}{' --wq_identity' * (arm == 'b')}" for name in NORMS for arm in "ab"}
     control = {f"{name}-b": f"{name}-a" for name in NORMS}
-    runs, content = plan(*files(f"arms = {arms}\ncontrol = {control}\nseeds = [1, 2]"))
-    shares = [sweep.share(runs, content["arms"], index, of) for index in range(of)]
-    assert sorted(run.label for share in shares for run in share) == sorted(run.label for run in runs)
-    for share in shares:
-        assert {(run.seed, run.name[:-2]) for run in share if run.name[-1] == "a"} == {
-            (run.seed, run.name[:-2]) for run in share if run.name[-1] == "b"
+    runs, content = planned(*files(f"arms = {arms}\ncontrol = {control}\nseeds = [1, 2]"))
+    parts = [share(runs, content["arms"], index, of) for index in range(of)]
+    assert sorted(run.label for part in parts for run in part) == sorted(run.label for run in runs)
+    for part in parts:
+        assert {(run.seed, run.name[:-2]) for run in part if run.name[-1] == "a"} == {
+            (run.seed, run.name[:-2]) for run in part if run.name[-1] == "b"
         }
 
 
@@ -352,9 +354,9 @@ def test_arms_that_are_each_other_s_control_are_shared_out_together(files):
         (two, "{'a': 'b', 'b': 'a'}", ["a", "b"]),
         (three, "{'a': 'b', 'b': 'c', 'c': 'b'}", ["a", "b", "c"]),  # the first leads into the ring
     ):
-        runs, content = plan(*files(f"arms = {arms}\ncontrol = {control}"))
-        shares = [sweep.share(runs, content["arms"], index, 3) for index in range(3)]
-        assert [[run.name for run in share] for share in shares] == [names] * 3
+        runs, content = planned(*files(f"arms = {arms}\ncontrol = {control}"))
+        parts = [share(runs, content["arms"], index, 3) for index in range(3)]
+        assert [[run.name for run in part] for part in parts] == [names] * 3
 
 
 def test_braces_stand_for_the_size_and_values_bring_arguments_along(files):
@@ -364,7 +366,7 @@ control = {"b": "a"}
 grid = {"n_embd": {"{n_embd}//2": "--n_head={n_head}//2", "{n_embd}*2": "--n_head={n_head}*2"}}
 seeds = [1]
 """
-    runs, content = plan(*files(text, n_embd=32, n_head=4))
+    runs, content = planned(*files(text, n_embd=32, n_head=4))
     assert [(run.config.n_embd, run.config.mlp_ratio) for run in runs] == [(16, 2), (16, 4), (64, 2), (64, 4)]
     assert [(entry["point"], entry["control"]) for entry in content["arms"][1:3]] == [
         ({"n_embd": 16}, "a"),
@@ -375,8 +377,8 @@ seeds = [1]
 
 def test_a_failure_that_another_sweep_met_is_not_repeated_at_once(files, fake):
     text = "arms = {'bad': '--n_layer=3'}\ncontrol = 'bad'\nseeds = [1]"
-    runs, _ = plan(*files(text), "--out_dir=out")
-    ours, theirs = (study.Execution(runs, jobs=1) for _ in range(2))
+    runs, _ = planned(*files(text), "--out_dir=out")
+    ours, theirs = (workers.Execution(runs, jobs=1) for _ in range(2))
     assert theirs.execute() is False
     assert ours.execute() is False
     assert list(ours.failed.values()) == ["exit status 1, in another sweep"]
@@ -387,7 +389,7 @@ def test_a_failure_that_another_sweep_met_is_not_repeated_at_once(files, fake):
 @pytest.mark.parametrize("size", [[], ["config/quick.py"]], ids=["paper", "quick"])
 def test_every_study_is_valid_at_the_paper_s_size_and_at_the_quick_one(path, size, monkeypatch):
     monkeypatch.chdir(ROOT)
-    runs, content = plan(f"config/{path.name}", *size)
+    runs, content = planned(f"config/{path.name}", *size)
     arms = {entry["arm"] for entry in content["arms"]}
     for entry in content["arms"]:
         assert entry["control"] in arms
@@ -402,8 +404,8 @@ def test_every_study_is_valid_at_the_paper_s_size_and_at_the_quick_one(path, siz
 @pytest.mark.parametrize("size", [[], ["config/quick.py"]], ids=["paper", "quick"])
 def test_arms_that_are_compared_at_equal_parameters_have_them(size, monkeypatch):
     monkeypatch.chdir(ROOT)
-    runs, content = plan("config/study_params.py", *size, "--seeds=1")
-    total = {run.name: cost.cost(run.config.model_config()).total for run in runs}
+    runs, content = planned("config/study_params.py", *size, "--seeds=1")
+    total = {run.name: cost(run.config.model_config()).total for run in runs}
     assert total["baseline"] == total["reduced_mlp4p5"]
     assert total["reduced"] == total["baseline_mlp3p5"] < total["baseline"]
     assert total["baseline_narrow"] == pytest.approx(total["reduced"], rel=0.025)
@@ -416,12 +418,12 @@ def test_arms_that_are_compared_at_equal_parameters_have_them(size, monkeypatch)
 def test_a_dry_run_prints_what_would_run_and_touches_nothing(files, fake, command):
     argv = [*files(), "--max_iters=12", "--jobs=2"]
     before = sorted(Path.cwd().rglob("*"))
-    status, out, _ = command(sweep.main, *argv, "--dry_run")
-    assert (status, fake(), sorted(Path.cwd().rglob("*"))) == (0, [], before)
-    runs, _ = plan(*argv[:2], options=argv[2:3])
+    code, out, _ = command(sweep.main, *argv, "--dry_run")
+    assert (code, fake(), sorted(Path.cwd().rglob("*"))) == (0, [], before)
+    runs, _ = planned(*argv[:2], options=argv[2:3])
     words = [shlex.split(line) for line in out.splitlines() if not line.startswith("#")]
     assert words == [[sys.executable, "fake.py", *run.arguments] for run in runs]
-    per_token = [cost.cost(run.config.model_config()).training_flops for run in runs]
+    per_token = [cost(run.config.model_config()).training_flops for run in runs]
     tokens = 12 * TINY["tokens_per_step"]
     assert f"# all: 6 runs, {6 * tokens:,} tokens, {sum(per_token) * tokens:.2e} training FLOPs" in out
     (runs[0].folder).mkdir(parents=True)
@@ -443,7 +445,7 @@ def test_what_is_no_part_of_a_run_s_identity_does_not_change_its_result(tiny):
         *(dict(seed=1), dict(weight_decay=0.5), dict(attn_scale=0.5), dict(max_iters=7), dict(dtype="bfloat16")),
     ):
         cfg = tiny(**{"out_dir": "_".join(changes), "max_iters": 6, **changes})
-        digest = study.digest(dataclasses.asdict(cfg))
+        digest = run_files.digest(dataclasses.asdict(cfg))
         results.setdefault(digest, []).append(train.train(cfg)["val_loss"])
     first, *others = results.values()
     assert len(first) == 9 and [len(losses) for losses in others] == [1] * 5
@@ -455,7 +457,7 @@ def test_what_is_no_part_of_a_run_s_identity_does_not_change_its_result(tiny):
 
 def test_a_finished_study_takes_options_that_change_no_result_and_no_others(files, fake, command, refuses):
     argv = [*files(), "--out_dir=out"]
-    runs, _ = plan(*argv)
+    runs, _ = planned(*argv)
     for run in runs:
         run.folder.mkdir(parents=True)
         stored = dataclasses.asdict(run.config)
@@ -464,16 +466,16 @@ def test_a_finished_study_takes_options_that_change_no_result_and_no_others(file
         (run.folder / "summary.json").write_text("{}")
     assert command(sweep.main, *argv, "--batch_size=4", "--log_interval=5", "--device=cpu", "--seeds=3,2")[0] == 0
     assert fake() == []
-    assert study.read_study("out")["seeds"] == [2, 3]
-    assert study.read_study("out")["command"].endswith("--device=cpu --seeds=3,2")
+    assert store.read_study("out")["seeds"] == [2, 3]
+    assert store.read_study("out")["command"].endswith("--device=cpu --seeds=3,2")
     words = ["out/baseline/seed1", "beta2 is 0.95 there and 0.99 here", "max_iters is 40 there", "--out_dir"]
     refuses(sweep.main, *argv, "--beta2=0.99", "--max_iters=41", words=words)
     assert command(sweep.main, *argv, "--seeds=1")[0] == 0
-    assert study.read_study("out")["seeds"] == [1, 2, 3]
+    assert store.read_study("out")["seeds"] == [1, 2, 3]
     command_of_all = "python sweep.py my_study.py tiny.py --seeds=1,2,3"
-    assert study.read_study("out")["command"] == command_of_all, "which repeats the whole study"
+    assert store.read_study("out")["command"] == command_of_all, "which repeats the whole study"
     assert command(sweep.main, *argv)[0] == 0
-    assert study.read_study("out")["command"] == command_of_all.removesuffix(" --seeds=1,2,3")
+    assert store.read_study("out")["command"] == command_of_all.removesuffix(" --seeds=1,2,3")
     other = TWO_ARMS + "grid = {'beta1': [0.5]}"
     refuses(sweep.main, *files(other), "--out_dir=out", words=["out holds another study (python sweep.py my_study.py"])
     files()
@@ -482,7 +484,7 @@ def test_a_finished_study_takes_options_that_change_no_result_and_no_others(file
 
 
 def test_runs_have_names_of_their_own_in_wandb(files):
-    runs, _ = plan(*files(), options=["--wandb_log"])
+    runs, _ = planned(*files(), options=["--wandb_log"])
     names = [TrainConfig(**configurator.read(TrainConfig, run.arguments)).wandb_run_name for run in runs]
     assert names == [f"my_study-tiny/{run.name}/seed{run.seed}" for run in runs]
 
@@ -548,16 +550,16 @@ def test_the_size_s_file_does_not_come_first(files, refuses):
 
 def test_the_view_says_what_the_files_say(files, fake, command):
     argv = [*files(TWO_ARMS + "grid = {'beta1': [0.5, 0.9]}\nseeds = [1]"), "--out_dir=out"]
-    runs, content = plan(*argv)
-    study.write_study("out", content)
+    runs, content = planned(*argv)
+    store.write_study("out", content)
     for number, run in enumerate(runs[:3]):
         train.train(dataclasses.replace(run.config, max_iters=20 + 10 * (number == 1)))
     Path(runs[1].folder, "summary.json").unlink()
     Path(runs[2].folder, "summary.json").unlink()
-    lock = study.acquire(study.lock_path(runs[2].folder))
+    lock = store.acquire(store.lock_path(runs[2].folder))
     with open(runs[2].folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 21, "ki')  # the writer is in the middle of a line
-    table = {row["run"]: row for row in sweep.rows("out", study.read_study("out"))}
+    table = {row["run"]: row for row in status.rows("out", store.read_study("out"))}
     losses = [{r["step"]: r["val_loss"] for r in records(run.folder, "eval")} for run in runs[:2]]
     first, second, third, last = (table[run.label] for run in runs)
     assert [row["state"] for row in (first, second, third, last)] == ["finished", "stopped", "running", "not started"]
@@ -567,9 +569,9 @@ def test_the_view_says_what_the_files_say(files, fake, command):
     assert first["tokens_per_second"] == records(runs[0].folder, "train")[-1]["tokens_per_second"]
     with open(runs[0].folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": 30, "kind": "eval", "val_loss": losses[1][30] - 0.25}) + "\n")
-    assert sweep.rows("out", study.read_study("out"))[1]["difference"] == pytest.approx(0.25)
-    status, out, _ = command(sweep.main, *argv, "--watch=1")
-    assert status == 0
+    assert status.rows("out", store.read_study("out"))[1]["difference"] == pytest.approx(0.25)
+    code, out, _ = command(sweep.main, *argv, "--watch=1")
+    assert code == 0
     lines = out.splitlines()[-6:]
     assert lines[0] == "out: 1 running, 1 stopped, 1 finished, 1 not started"
     assert lines[3].split()[1:5] == ["stopped", "30", f"{losses[1][30]:.4f}", "+0.2500"]
@@ -577,22 +579,24 @@ def test_the_view_says_what_the_files_say(files, fake, command):
 
 
 def test_the_view_fits_its_terminal_and_shows_work_first():
-    table = [dict(run=f"arm/seed{n}", state="not started", **dict.fromkeys(list(sweep.COLUMNS)[2:])) for n in range(50)]
+    table = [
+        dict(run=f"arm/seed{n}", state="not started", **dict.fromkeys(list(status.COLUMNS)[2:])) for n in range(50)
+    ]
     table[40]["state"], table[45]["state"] = "failed", "running"
-    lines = sweep.view("study", table, width=30, height=12).splitlines()
+    lines = status.view("study", table, width=30, height=12).splitlines()
     assert len(lines) < 12 and max(map(len, lines)) <= 30
-    lines = sweep.view("study", table, width=100, height=12).splitlines()
+    lines = status.view("study", table, width=100, height=12).splitlines()
     assert [line.split()[:2] for line in lines[2:4]] == [["arm/seed45", "running"], ["arm/seed40", "failed"]]
     assert int(lines[-1].split()[2]) == 50 - (len(lines) - 3)
-    assert len(sweep.view("study", table).splitlines()) == 52
+    assert len(status.view("study", table).splitlines()) == 52
     table[0]["run"] = "an,arm=with,a=very,long=name/seed17"
-    lines = sweep.view("study", table[:2], width=70).splitlines()
+    lines = status.view("study", table[:2], width=70).splitlines()
     assert {len(line) for line in lines[1:]} == {70}
     assert lines[2].startswith("an,arm=") and "…" in lines[2] and "/seed17  not started" in lines[2]
 
 
 def test_the_last_step_is_found_in_a_long_file_whose_last_line_is_not_whole(tmp_path):
-    assert study.last_step(tmp_path) == 0
+    assert run_files.last_step(tmp_path) == 0
     lines = [json.dumps({"step": step, "kind": "train", "loss": "x" * 1000}) for step in range(300)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 300, "kin')
-    assert study.last_step(tmp_path) == 299
+    assert run_files.last_step(tmp_path) == 299

@@ -14,11 +14,9 @@ import pytest
 import torch
 from conftest import TINY, write_dataset
 
-import checkpoint
 import data
-import parallel
-import runlog
 import train
+from engine import checkpoint, devices, run_files
 from model import GPT
 
 ROOT = Path(train.__file__).parent
@@ -460,7 +458,7 @@ def test_another_precision_on_resume_is_told(tiny, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         stop_after(patch, 5)
         train.train(tiny(dtype="auto"))
-    monkeypatch.setattr(parallel, "choose_dtype", lambda *_: torch.bfloat16)  # as another machine would
+    monkeypatch.setattr(devices, "choose_dtype", lambda *_: torch.bfloat16)  # as another machine would
     train.train(tiny(dtype="auto", resume=True))
     assert "the run was in float32 and goes on in bfloat16; --dtype=float32" in capsys.readouterr().out
     assert [s["dtype"] for s in json.loads(Path("run/run.json").read_text())["segments"]] == ["float32", "bfloat16"]
@@ -560,7 +558,7 @@ def test_the_state_of_a_run_is_plain(tiny, tmp_path):
 def test_the_fast_path_s_curve_is_that_of_a_plain_float32_loop(tiny, device):
     cfg = tiny(max_iters=200, eval_interval=1000, batch_size=4, wq_identity=True, attn_scale=0.5, device=device)
     train.train(dataclasses.replace(cfg, dtype="bfloat16", compile=device == "cuda"))
-    fast = np.array([r["loss"] for r in runlog.read_metrics(cfg.out_dir) if r["kind"] == "train"])
+    fast = np.array([r["loss"] for r in run_files.read_metrics(cfg.out_dir) if r["kind"] == "train"])
 
     def plain(seed):
         torch.manual_seed(seed)

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import checkpoint
 import eliminate
 import train
+from engine import checkpoint
 from model import GPT, GPTConfig
 from theory import trained_model
 from theory.weights import read_weights

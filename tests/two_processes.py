@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-import parallel
 import train
+from engine import distributed
 
 torch.set_num_threads(1)
 for options in json.loads(Path(sys.argv[1]).read_text()):
     train.train(train.TrainConfig(**options))
-parallel.leave()
+distributed.leave()

@@ -25,9 +25,8 @@ from typing import Literal
 
 import torch
 
-import checkpoint
 import configurator
-import parallel
+from engine import checkpoint, devices, signals
 from model import ACTIVATIONS, MLP, GPTConfig
 from theory import basis_transfer_report as report
 from theory.basis_transfer_target import Target, make_target, read_target, stream_seed
@@ -137,7 +136,7 @@ class Run:
         self.cfg, self.facts = cfg, {"target": target, "h": h, "seed": seed}
         self.name = f"{target}, h = {h}, seed {seed}"
         self.path = Path(cfg.out_dir) / f"{target.replace('/', '_').replace(':', '-')}_h{h}_seed{seed}.pt"
-        self.device = parallel.choose_device(cfg.device)
+        self.device = devices.choose_device(cfg.device)
         self.dtype = choose_dtype(cfg.dtype, self.device)
         self.target = Target(*(matrix.to(self.device) for matrix in make_target(target, h, seed)))
         self.activation = ACTIVATIONS[cfg.activation]()
@@ -279,7 +278,7 @@ class Run:
             **self.facts,
             "steps": self.step,
             "batch": self.cfg.batch,
-            "device": parallel.describe_device(self.device),
+            "device": devices.describe_device(self.device),
             "dtype": self.dtype,
             "train_seconds": round(self.seconds, 1),
             **{
@@ -338,7 +337,7 @@ def study(cfg):
     if not cfg.resume and list(folder.glob("*_h*_seed*.pt")):
         raise ValueError(f"{folder} holds runs: go on with --resume, or start others with --out_dir=…")
     results, samples = [], []
-    with parallel.StopSignal() as stop:
+    with signals.StopSignal() as stop:
         for target, h, seed in itertools.product(cfg.targets, cfg.h, cfg.seeds):
             run = Run(cfg, target, h, seed)
             folder.mkdir(parents=True, exist_ok=True)

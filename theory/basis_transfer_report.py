@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-import runlog
-from data import write_json
+from engine import runlog
+from engine.files import write_json
 
 FILES = ("results.json", "table.md", "figure1.png", "figure2.png")
 MEASURES = {"error": "relative L2 error (%)", "cosine": "cosine similarity"}

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 import configurator
 import data
-import parallel
+from engine import checkpoint, devices
+from engine.files import write_json
 from theory import reparametrize
 from theory.weights import build_model, read_weights
 
@@ -295,13 +295,35 @@ def draw(found, path):
     plt.close(figure)
 
 
+def recorded_windows(state, split, n_windows, data_dir=None, dataset=None):
+    """Inputs and targets, (n, block_size) int64 each, from the data that a checkpoint says it was trained on.
+
+    state: the dict of a checkpoint. split: 'train' or 'val'. n_windows: evenly spaced ones; None: all. Of an encoder's
+    windows tokens are masked as in training. data_dir, dataset: where the data is, if not where the checkpoint says.
+    Raises ValueError when the data is not known, not there, or another.
+    """
+    config = state.get("config") or {}
+    data_dir, dataset = data_dir or config.get("data_dir", "data"), dataset or config.get("dataset")
+    if dataset is None:
+        raise ValueError("the checkpoint does not say what it was trained on: name it with --dataset=…")
+    bins = data.load_bins(data_dir, dataset)
+    if bins.fingerprint != state.get("data_fingerprint", bins.fingerprint):
+        raise ValueError(f"{data_dir}/{dataset} is not the data of the checkpoint")
+    tokens, block_size = getattr(bins, split), state["model_config"]["block_size"]
+    offsets = data.evaluation_offsets(len(tokens), block_size, n_windows)
+    x, y = data.windows(tokens, offsets, block_size)
+    if config.get("objective") == "mlm":
+        return data.mask_tokens(x, bins.manifest["vocab_size"], 0, offsets)
+    return x, y
+
+
 def main(argv):
     """The command; see the module's docstring."""
     cfg = configurator.parse(TrainedModelConfig, argv)
     state = checkpoint.load(cfg.ckpt)
-    model = checkpoint.build_model(state).eval().to(parallel.choose_device(cfg.device))
+    model = checkpoint.build_model(state).eval().to(devices.choose_device(cfg.device))
     check(model)
-    train, val = (data.recorded_windows(state, split, cfg.windows, cfg.data_dir, cfg.dataset) for split in data.SPLITS)
+    train, val = (recorded_windows(state, split, cfg.windows, cfg.data_dir, cfg.dataset) for split in data.SPLITS)
     found = measure(model, train, val)
     text = (
         f"{cfg.ckpt}, step {state['step']}; {len(val[0])} validation windows: loss {found['loss']:.4f} nats a target. "
@@ -310,7 +332,7 @@ def main(argv):
     folder = Path(cfg.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     entries = {**found, "layers": [asdict(layer) for layer in found["layers"]], "options": asdict(cfg)}
-    data.write_json(folder / "layers.json", entries)
+    write_json(folder / "layers.json", entries)
     (folder / "report.md").write_text(f"{text}\n\n{LEGEND}\n\n![Spectra](spectra.png)\n", encoding="utf-8")
     draw(found, folder / "spectra.png")
     print(f"{text}\n\n{folder}/report.md, {folder}/layers.json, {folder}/spectra.png")

@@ -1,7 +1,8 @@
 """Run folders grouped into arms: what is compared with what, and the losses and curves of each.
 
-A study folder (see study.py) says which run is of which arm, at which point of the grid, and which arm is its control.
-Run folders without a study are grouped by their configurations: runs that differ in nothing but the seed are one arm.
+A study folder (see studies/store.py) says which run is of which arm, at which point of the grid, and which arm is its
+control. Run folders without a study are grouped by their configurations: runs that differ in nothing but the seed are
+one arm.
 """
 
 import dataclasses
@@ -13,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-import runlog
-from cost import cost
-from study import has_diverged, identity, last_step, read_study, run_folder, state
+from engine import run_files
+from engine.files import read_json
+from engine.flops import cost
+from engine.run_files import has_diverged, identity, last_step
+from studies.store import read_study, run_folder, state
 from train_config import TrainConfig
 
 
@@ -31,7 +34,7 @@ class Run:
     @cached_property
     def metrics(self):
         """The records of metrics.jsonl, in order."""
-        return runlog.read_metrics(self.folder)
+        return run_files.read_metrics(self.folder)
 
     @property
     def seed(self):
@@ -285,9 +288,7 @@ def load(folders, control=None):
 
 def read_run(folder):
     """The Run in a folder, or None where train.py has not begun one."""
-    config, facts, summary = (
-        runlog.read_json(Path(folder) / name) for name in ("config.json", "run.json", "summary.json")
-    )
+    config, facts, summary = (read_json(Path(folder) / name) for name in ("config.json", "run.json", "summary.json"))
     if config is None or facts is None:
         return None
     # A run that is older than an option did as the option's default does.

@@ -1,6 +1,6 @@
 """The figures of a report: each function draws one PNG, as far as the results support it.
 
-Bands and bars are 95 % t-intervals over seeds. How things are drawn is in drawing.py.
+Bands and bars are 95 % t-intervals over seeds. How things are drawn is in studies/drawing.py.
 """
 
 import math
@@ -10,13 +10,12 @@ from collections import Counter
 
 import numpy as np
 
-import comparison
-import drawing
-from arms import are_comparable, point_text, value_text
+from studies import comparison, drawing
+from studies.arms import are_comparable, point_text, value_text
 
 FAR = 0.1  # of the best loss: what is no further from it is in view
 LOSS = "validation loss (nats a token)"
-DIAGNOSTICS = {  # metrics of the records of kind "diagnostics" (diagnostics.py), and what their axes say
+DIAGNOSTICS = {  # metrics of the records of kind "diagnostics" (engine/diagnostics.py), and what their axes say
     "attn_logit_max": "largest |logit|",
     "attn_logit_mean": "mean |logit|",
     "attn_logit_std": "standard deviation\nof a query's logits",

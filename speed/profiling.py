@@ -5,7 +5,7 @@ import time
 
 import torch
 
-import hardware
+from speed import hardware
 
 # The first kind whose pattern the name of an operation or of a GPU kernel contains, in lower case. A compiled kernel
 # that fuses several is of the kind that is named first here.

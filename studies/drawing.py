@@ -9,8 +9,8 @@ import math
 
 import numpy as np
 
-import comparison
-from arms import is_number
+from studies import comparison
+from studies.arms import is_number
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 LINES = ["-", "--", "-.", ":"]

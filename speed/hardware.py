@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-import parallel
-import runlog
+from engine import devices, runlog
 
 KERNELS = {"cudnn": "cuDNN", "flash": "FlashAttention", "efficient": "memory-efficient", "math": "plain"}
 
@@ -64,7 +63,7 @@ def device_name(device):
 
 def peak_flops(name, dtype):
     """The datasheet's operations a second of the device called name in a torch.dtype; None where it is not known."""
-    number_format = parallel.dtype_name(dtype)
+    number_format = devices.dtype_name(dtype)
     if number_format == "float32" and torch.get_float32_matmul_precision() != "highest":
         number_format = "tf32"
     return DATASHEETS[name].peak.get(number_format) if name in DATASHEETS else None
@@ -169,7 +168,7 @@ def facts(device, dtype, config, compiled):
         "threads": str(torch.get_num_threads()),
         "versions": ", ".join(f"{library} {version}" for library, version in versions.items()),
         "CUDA": torch.version.cuda or "n/a",
-        "dtype": parallel.dtype_name(dtype),
+        "dtype": devices.dtype_name(dtype),
         "compiled": "yes" if compiled else "no",
         "attention": attention_backend(device, dtype, config),
     }

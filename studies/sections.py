@@ -2,10 +2,9 @@
 
 import dataclasses
 
-import comparison
-import page
-from arms import common_seeds, is_number, point_text, unlike, value_text
 from model import GPTConfig
+from studies import comparison, page
+from studies.arms import common_seeds, is_number, point_text, unlike, value_text
 from train_config import TrainConfig
 
 # The paper's Table 2 (arXiv 2510.23912), weight decay as in its Section 5.2.2; one run a column, on OpenWebText.

@@ -2,10 +2,9 @@
 
 import torch
 
-import parallel
-import peer
-import timing
-from cost import cost
+from engine import devices
+from engine.flops import cost
+from speed import peer, timing
 
 REFERENCES = ("baseline", *peer.NAMES.values())  # whose speed others are given as multiples of
 
@@ -34,7 +33,7 @@ def conditions(cfg, timed, models):
 def decoding_dtypes(cfg, model):
     """The precision in which a model decodes: 'float32 at batch 1, bfloat16 at batch 8'."""
     batch_sizes = sorted({1, cfg.decode_batch})
-    return ", ".join(f"{parallel.dtype_name(model.decoding_dtype(cfg, n))} at batch {n}" for n in batch_sizes)
+    return ", ".join(f"{devices.dtype_name(model.decoding_dtype(cfg, n))} at batch {n}" for n in batch_sizes)
 
 
 def make_rows(what, works, timings, limits):
@@ -89,7 +88,7 @@ def notes(cfg, models, rows):
         model = models[peer.NAMES[each]]
         dtypes = []
         if {"train", "eval"} & set(cfg.only):
-            dtypes.append(f"in the same loop, with the same optimizer, in {parallel.dtype_name(model.run.dtype)}")
+            dtypes.append(f"in the same loop, with the same optimizer, in {devices.dtype_name(model.run.dtype)}")
         if "decode" in cfg.only:
             dtypes.append(f"decoding in {decoding_dtypes(cfg, model)}")
         if dtypes:
@@ -103,7 +102,7 @@ def notes(cfg, models, rows):
 
 def process_memory():
     """A sentence with the memory of this process."""
-    used = parallel.peak_memory_bytes(torch.device("cpu"))
+    used = devices.peak_memory_bytes(torch.device("cpu"))
     return f"This process held up to {used / 1e9:.2f} GB with all models."
 
 

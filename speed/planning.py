@@ -6,14 +6,13 @@ the blocks' forward pass comes once more. Utilisation is that of a measured run 
 
 import dataclasses
 import itertools
-from pathlib import Path
 
 import configurator
-import hardware
-import linear_cross_entropy
-import runlog
-from cost import cost
+from engine import linear_cross_entropy
+from engine.files import read_json
+from engine.flops import cost
 from model import GPTConfig
+from speed import hardware
 
 SIZES = {"350M": "gpt3_medium", "760M": "gpt3_large", "1.3B": "gpt3_xl"}
 GPUS = (1, 8)
@@ -81,7 +80,7 @@ def step_flops(config, recompute=False):
 
 def read_measured(path):
     """The content of a JSON file of bench.py. Raises ValueError for another, or one without utilisation."""
-    content = runlog.read_json(path)
+    content = read_json(path)
     if content is None:
         raise ValueError(f"measured: there is no file {path}: make it with `python bench.py … --json={path}`")
     if not isinstance(content, dict) or not {"header", "config", "rows"} <= content.keys():
@@ -101,7 +100,7 @@ def sizes(cfg):
     """name -> TrainConfig: cfg itself, and it in GPT-3's larger sizes."""
     configs = {f"{cost(cfg.model_config()).total / 1e6:,.0f}M (this configuration)": cfg}
     for name, file in SIZES.items():
-        values = configurator.read_config_file(Path(__file__).parent / "config" / f"{file}.py")
+        values = configurator.read_config_file(configurator.ROOT / "config" / f"{file}.py")
         configs[name] = dataclasses.replace(cfg, **{field: value for field, (value, _) in values.items()})
     return configs
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-import data
+from engine.files import write_json
 
 BATCH_BYTES = 2**21  # of text that one thread encodes at a time
 MAX_ROWS = 2**12  # of a Parquet file in a batch: the sizes in its footer say little of texts that repeat
@@ -117,7 +117,7 @@ def find_on_hub(cfg, work):
             builder = datasets.load_dataset_builder(cfg.source, cfg.subset, revision=cfg.revision)
             found = {"request": request, "urls": [str(url) for url in builder.config.data_files["train"]]}
             Path(work).mkdir(parents=True, exist_ok=True)
-            data.write_json(listing, found)
+            write_json(listing, found)
         matches = [re.fullmatch(r"hf://datasets/([^@]+)@([^/]+)/(.+)", url) for url in found["urls"]]
         repository, revision = matches[0][1], matches[0][2]
         paths = tuple(match[3] for match in matches)

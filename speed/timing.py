@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import hardware
+from speed import hardware
 
 
 @dataclass

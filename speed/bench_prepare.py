@@ -1,7 +1,7 @@
 """What preparing data costs: the usual way, `datasets.map` and then writing, against prepare_owt.py, on the same text.
 
-python bench_prepare.py                        both on 500 MB of text: tokens/s, peak memory, peak disk
-python bench_prepare.py --gather               2 GB of tokens put into the order of the split, against plain copying
+python -m speed.bench_prepare             both on 500 MB of text: tokens/s, peak memory, peak disk
+python -m speed.bench_prepare --gather    2 GB of tokens put into the order of the split, against plain copying
 
 The text is made here: Python's standard library, again and again, each time with other letters strewn in, so that no
 document and few words repeat. Prints Markdown tables.
@@ -22,13 +22,12 @@ from typing import Literal
 import numpy as np
 
 import configurator
-import corpus
-import data
-import prepare_owt
-import tokens
+from corpus import gathering, sources, token_file, tokenizers
+from engine.files import sha256_of
 
 MEAN_DOCUMENT = 1128  # tokens of a document of OpenWebText
 RANDOM_READS = 20_000
+THIS = ("-m", "speed.bench_prepare")
 
 
 @dataclass
@@ -49,12 +48,12 @@ def write_text(folder, megabytes, n_files=4):
     import pyarrow.parquet as pq
 
     folder.mkdir(parents=True)
-    sources = [Path(file.path).read_text(encoding="utf-8", errors="replace") for file in corpus.stdlib_files()]
+    programs = [Path(file.path).read_text(encoding="utf-8", errors="replace") for file in sources.stdlib_files()]
     rng = random.Random(0)
     for number in range(n_files):
         texts, size = [], 0
         while size < megabytes * 1e6 / n_files:
-            source = rng.choice(sources)
+            source = rng.choice(programs)
             begin = rng.randrange(max(1, len(source) - 2000))
             source = source[begin : begin + int(rng.lognormvariate(8, 1))]  # documents of 5 kB, as OpenWebText's
             cuts = sorted(rng.choices(range(len(source) + 1), k=len(source) // 500))
@@ -70,7 +69,7 @@ def usual_way(pattern, folder):
     """The bins by `datasets.map` over two processes, whose cached rows are then written one piece after the other."""
     import datasets
 
-    encoding = data.get_tokenizer("gpt2")
+    encoding = tokenizers.get_tokenizer("gpt2")
 
     def encode(row):
         ids = encoding.encode_ordinary(row["text"])
@@ -155,18 +154,17 @@ def compare(cfg):
     pattern = write_text(folder / "text", cfg.megabytes)
     source_bytes = disk_bytes(folder / "text")
     text_bytes = sum(
-        corpus.text_bytes(corpus.text_file(str(path), path.name), "text") for path in folder.glob("text/*")
+        sources.text_bytes(sources.text_file(str(path), path.name), "text") for path in folder.glob("text/*")
     )
-    here = Path(__file__).parent
     results, sums = {"usual": [], "prepare_owt.py": []}, set()
     for _ in range(cfg.repeats):
         for way in results:
             work = folder / "work"
             if way == "usual":
-                options = [here / "bench_prepare.py", "--way=usual", f"--out_dir={folder}"]
+                options = [*THIS, "--way=usual", f"--out_dir={folder}"]
             else:
                 options = [
-                    here / "prepare_owt.py",
+                    configurator.ROOT / "prepare_owt.py",
                     "--source=files",
                     f"--files={pattern}",
                     f"--out_dir={work / 'bins'}",
@@ -179,7 +177,7 @@ def compare(cfg):
             result = measure([sys.executable, *options], work, environment)
             bins = [work / "bins" / f"{name}.bin" for name in ("train", "val")]
             result["bins"] = sum(path.stat().st_size for path in bins)
-            sums.add(tuple(data.sha256_of(path) for path in bins))
+            sums.add(tuple(sha256_of(path) for path in bins))
             result["rate"] = result["bins"] / 2 / result["seconds"]
             if way == "usual":
                 after = float(result["output"].rpartition("after_loading=")[2])
@@ -258,12 +256,12 @@ def gather_once(cfg):
     print(f"copy={timed(copy)[0]}")
     (folder / "copy.bin").unlink()
     forget(path)
-    seconds, lengths = timed(tokens.document_lengths, path, dtype, 50256, n_documents)
+    seconds, lengths = timed(token_file.document_lengths, path, dtype, 50256, n_documents)
     ends = np.cumsum(lengths)
     print(f"ends={seconds}")
-    orders = prepare_owt.split(n_documents, 0.0005, 2357)
+    orders = gathering.split(n_documents, 0.0005, 2357)
     forget(path)
-    print(f"gather={timed(tokens.gather, path, ends, orders, folder, dtype)[0]}")
+    print(f"gather={timed(gathering.gather, path, ends, orders, folder, dtype)[0]}")
     forget(path)
     with open(path, "rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # as where the file is larger than the memory
@@ -282,7 +280,7 @@ def compare_gather(cfg):
     folder, runs = Path(cfg.out_dir), []
     for _ in range(cfg.repeats):
         options = ["--way=gather", f"--out_dir={folder}", f"--gather_gigabytes={cfg.gather_gigabytes}"]
-        result = measure([sys.executable, Path(__file__), *options], folder, {})
+        result = measure([sys.executable, *THIS, *options], folder, {})
         values = dict(line.split("=") for line in result["output"].splitlines())
         runs.append({"memory": result["memory"], **{name: float(value) for name, value in values.items()}})
         shutil.rmtree(folder)

@@ -17,38 +17,9 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-import parallel
-from data import write_json
-
-ROOT = Path(__file__).resolve().parent
-RUN_FILES = ("config.json", "run.json", "metrics.jsonl", "ckpt.pt", "summary.json")
-
-
-def holds_run(folder):
-    """Whether a folder holds a run, finished or not."""
-    return any((Path(folder) / name).exists() for name in RUN_FILES)
-
-
-def read_json(path):
-    """The content of a JSON file, or None where there is no such file. Raises ValueError for one that is not JSON."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-
-
-def read_metrics(folder):
-    """The records of a run folder's metrics.jsonl, in order; a last line that a kill cut short is left out."""
-    path = Path(folder) / "metrics.jsonl"
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+import configurator
+from engine import devices, run_files
+from engine.files import read_json, write_json
 
 
 class RunLog:
@@ -90,7 +61,7 @@ class RunLog:
         # An evaluation at start_step is repeated by the resumed run, so its record goes, too.
         kept = [
             record
-            for record in read_metrics(self.folder)
+            for record in run_files.read_metrics(self.folder)
             if record["step"] < start_step or (record["step"] == start_step and record["kind"] == "train")
         ]
         path = self.folder / "metrics.jsonl"
@@ -185,9 +156,9 @@ def facts(run):
     return {
         "parameters": run.model.num_params()._asdict(),
         "data": {"fingerprint": run.bins.fingerprint, "tokenizer": run.bins.manifest["tokenizer"]},
-        "device": parallel.describe_device(run.device),
+        "device": devices.describe_device(run.device),
         "processes": run.world.size,
-        "dtype": parallel.dtype_name(run.dtype),
+        "dtype": devices.dtype_name(run.dtype),
     }
 
 
@@ -218,7 +189,7 @@ def header(run):
 
 def summary(run, validation):
     """The content of summary.json for a run (a train.Trainer); validation: the entries about all of val.bin."""
-    last = [record["loss"] for record in read_metrics(run.folder) if record["kind"] == "train"][-10:]
+    last = [record["loss"] for record in run_files.read_metrics(run.folder) if record["kind"] == "train"][-10:]
     tokens = run.step * run.cfg.tokens_per_step
     return {
         **validation,
@@ -230,7 +201,7 @@ def summary(run, validation):
         "tokens_per_second": tokens / run.train_seconds if run.train_seconds else None,
         "train_seconds": run.train_seconds,
         "wall_seconds": time.perf_counter() - run.started,
-        "peak_memory_gib": parallel.peak_memory_bytes(run.device) / 2**30,
+        "peak_memory_gib": devices.peak_memory_bytes(run.device) / 2**30,
         "out_dir": str(run.folder),
     }
 
@@ -245,7 +216,16 @@ def print_summary(values):
 def git_commit():
     """The commit that runs, with '+changes' when files differ from it; None outside a git checkout."""
     try:
-        command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+        command = [
+            "git",
+            "-C",
+            str(configurator.ROOT),
+            "describe",
+            "--always",
+            "--abbrev=40",
+            "--exclude=*",
+            "--dirty=+changes",
+        ]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

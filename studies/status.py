@@ -1,0 +1,96 @@
+"""How the runs of a study stand, as a table that a terminal shows."""
+
+import json
+import math
+import shutil
+import sys
+import time
+
+from engine import run_files
+from studies import store
+
+COLUMNS = {  # of the watch view: key of a row -> heading, format
+    "run": ("run", "{}"),
+    "state": ("state", "{}"),
+    "step": ("step", "{:,}"),
+    "val_loss": ("val. loss", "{:.4f}"),
+    "difference": ("vs control", "{:+.4f}"),
+    "tokens_per_second": ("tokens/s", "{:,.0f}"),
+}
+
+
+def rows(folder, content):
+    """A dict for each run of a study, from its files alone; what is not known is None.
+
+    run; state; step; val_loss: of the last evaluation, nats a token; difference: val_loss minus that of the control of
+    the same seed and point at the same step; tokens_per_second: the last measured.
+    """
+    arm_at = {(entry["arm"], json.dumps(entry["point"])): entry["name"] for entry in content["arms"]}
+    result = []
+    for seed in content["seeds"]:
+        metrics = {
+            entry["name"]: run_files.read_metrics(store.run_folder(folder, entry["name"], seed))
+            for entry in content["arms"]
+        }
+        losses = {
+            name: {record["step"]: record["val_loss"] for record in records if record["kind"] == "eval"}
+            for name, records in metrics.items()
+        }
+        for entry in content["arms"]:
+            name, control = entry["name"], arm_at[entry["control"], json.dumps(entry["point"])]
+            step, loss = next(reversed(losses[name].items()), (None, None))
+            is_compared = name != control and step in losses[control]
+            speeds = [record["tokens_per_second"] for record in metrics[name] if record["kind"] == "train"]
+            result.append(
+                {
+                    "run": f"{name}/seed{seed}",
+                    "state": store.state(store.run_folder(folder, name, seed)),
+                    "step": metrics[name][-1]["step"] if metrics[name] else None,
+                    "val_loss": loss,
+                    "difference": loss - losses[control][step] if is_compared else None,
+                    "tokens_per_second": speeds[-1] if speeds else None,
+                }
+            )
+    return result
+
+
+def view(name, table, width=None, height=None):
+    """The text of a study's rows: a line of counts, then a line a run, cut to width and height where given.
+
+    Where there are too many lines, the runs at work come first, and the number of those left out last.
+    """
+    counts = {state: sum(row["state"] == state for row in table) for state in store.STATES}
+    shown = table
+    if height and len(table) > height - 3:
+        shown = sorted(table, key=lambda row: store.STATES.index(row["state"]))[: max(1, height - 4)]
+    cells = [[heading for heading, _ in COLUMNS.values()]]
+    cells += [
+        ["–" if row[key] is None else form.format(row[key]) for key, (_, form) in COLUMNS.items()] for row in shown
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    excess = max(0, sum(widths) + 2 * (len(widths) - 1) - (width or math.inf))
+    widths[0] -= min(excess, max(0, widths[0] - 12))  # a name loses its middle rather than a row its end
+    lines = [f"{name}: " + ", ".join(f"{count} {state}" for state, count in counts.items() if count)]
+    for run, state, *numbers in cells:
+        if len(run) > widths[0]:
+            run = run[: widths[0] // 2] + "…" + run[len(run) - (widths[0] - 1) // 2 :]
+        numbers = [text.rjust(column) for text, column in zip(numbers, widths[2:], strict=True)]
+        lines.append("  ".join([run.ljust(widths[0]), state.ljust(widths[1]), *numbers]))
+    if len(shown) < len(table):
+        lines.append(f"… and {len(table) - len(shown)} more")
+    return "\n".join(line[:width] for line in lines)
+
+
+def watch(folder, seconds):
+    """Show how a study's runs stand, anew every `seconds` until no more is to come; once where there is no terminal."""
+    while True:
+        content = store.read_study(folder)
+        table = rows(folder, content)
+        if not sys.stdout.isatty():
+            print(view(content["name"], table))
+            return
+        size = shutil.get_terminal_size()
+        print("\x1b[H\x1b[J" + view(content["name"], table, size.columns, size.lines), flush=True)
+        if all(row["state"] in ("finished", "diverged") for row in table):
+            return
+        time.sleep(seconds)

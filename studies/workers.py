@@ -1,0 +1,170 @@
+"""The processes that work on the runs of a study, side by side."""
+
+import datetime
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+from engine import run_files, runlog, signals
+from studies import store
+
+POLL_SECONDS = 0.2
+
+
+@dataclass(eq=False)
+class Worker:
+    """A run's process."""
+
+    run: object  # a plan.Run
+    lock: int  # the descriptor of the run's lock, which the process holds, too
+    slot: int  # below the number of jobs; says which GPU
+    process: subprocess.Popen
+
+
+class Execution:
+    """Works on runs (each a plan.Run) until nothing is left to do; several may work on one study.
+
+    jobs: processes side by side. gpus: names for CUDA_VISIBLE_DEVICES, of which each gets one; none: it is left alone.
+    """
+
+    def __init__(self, runs, jobs, gpus=()):
+        self.runs, self.jobs, self.gpus = runs, jobs, gpus
+        self.todo = list(runs)
+        self.workers = []
+        self.failed = {}  # run -> why
+        # A failure from before is tried again; one that another execution meets meanwhile is not.
+        self.old_notes = {run: store.read_note(store.lock_path(run.folder)) for run in runs}
+        self.flops = {run: run.flops for run in runs}
+        self.started, self.flops_at_start = time.monotonic(), self.flops_done()
+        self.shown, self.shown_at = None, 0.0
+
+    def execute(self, fail_fast=False):
+        """Work until every run has ended, or, after a signal or with fail_fast a failure, until all are stopped.
+
+        True: all are finished; None: a signal stopped it; otherwise `failed` and `diverged` say why.
+        """
+        stopping = False
+        with signals.StopSignal() as stop:
+            try:
+                while self.workers or (self.todo and not stopping):
+                    self.reap(stopping)
+                    if not stopping and (stop.requested or (fail_fast and self.failed)):
+                        stopping = True
+                        self.terminate()
+                    if not stopping:
+                        self.start()
+                    self.show_progress()
+                    time.sleep(POLL_SECONDS)
+            except BaseException:  # the second Ctrl-C, say
+                self.terminate()
+                raise
+        self.show_progress(last=True)
+        return None if stop.requested else not (self.failed or self.diverged)
+
+    def start(self):
+        """Start runs while there are free slots; leave out what has ended and what another execution works on."""
+        for run in list(self.todo):
+            if run_files.has_ended(run.folder):
+                self.todo.remove(run)
+            elif len(self.workers) < self.jobs:
+                run.folder.mkdir(parents=True, exist_ok=True)
+                lock = store.acquire(store.lock_path(run.folder))
+                if lock is None:
+                    continue
+                self.todo.remove(run)
+                note = store.read_note(store.lock_path(run.folder))
+                if run_files.has_ended(run.folder):  # by another execution, since we looked
+                    os.close(lock)
+                elif store.has_failed(note) and note != self.old_notes[run]:
+                    os.close(lock)
+                    self.failed[run] = f"exit status {note['exit_status']}, in another sweep"
+                else:
+                    self.workers.append(self.spawn(run, lock))
+
+    @property
+    def diverged(self):
+        """The runs that diverged, now or before: they are not tried again."""
+        return [run for run in self.runs if run_files.has_diverged(run.folder)]
+
+    def spawn(self, run, lock):
+        """Start a run's process. It inherits the lock, and so keeps it should this process be killed."""
+        slot = min(set(range(self.jobs)) - {worker.slot for worker in self.workers})
+        environment = dict(os.environ)
+        if self.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
+        if self.jobs > 1:
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.jobs)))
+        with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
+            log.write(f"$ {shlex.join(run.command)}\n")
+            log.flush()
+            process = subprocess.Popen(
+                run.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                pass_fds=(lock,),
+                process_group=0,  # Ctrl-C reaches this process alone, which then stops its runs
+            )
+        store.write_note(lock, pid=process.pid, started=runlog.now())
+        return Worker(run, lock, slot, process)
+
+    def reap(self, stopping):
+        """Take in the runs that have ended."""
+        for worker in list(self.workers):
+            status = worker.process.poll()
+            if status is None:
+                continue
+            self.workers.remove(worker)
+            store.write_note(worker.lock, pid=worker.process.pid, exit_status=status, ended=runlog.now())
+            os.close(worker.lock)
+            if run_files.has_ended(worker.run.folder):
+                continue
+            if stopping and status in store.STOPPED:
+                self.todo.append(worker.run)
+            elif status < 0:
+                self.failed[worker.run] = f"ended by {signal.Signals(-status).name}"
+            else:
+                self.failed[worker.run] = f"exit status {status}"
+
+    def terminate(self):
+        """Tell the runs to stop: they write a checkpoint first; told a second time, they stop at once."""
+        for worker in self.workers:
+            worker.process.terminate()
+
+    def flops_done(self):
+        """The training FLOPs of the steps that the run folders say are done."""
+        return sum(flops * run.progress for run, flops in self.flops.items())
+
+    def show_progress(self, last=False):
+        """A line for the whole study: every second in a terminal, elsewhere when its counts have changed."""
+        now, in_terminal = time.monotonic(), sys.stdout.isatty()
+        if now < self.shown_at + 1 and not last:
+            return
+        elsewhere = sum(store.is_locked(store.lock_path(run.folder)) for run in self.todo)
+        counts = {
+            "running": len(self.workers),
+            "running in other sweeps": elsewhere,
+            "failed": len(self.failed),
+            "diverged": len(self.diverged),
+            "left": len(self.todo) - elsewhere,
+        }
+        done = len(self.runs) - sum(counts.values())
+        line = f"{done} of {len(self.runs)} runs done" + "".join(f", {n} {name}" for name, n in counts.items() if n)
+        if line == self.shown and not in_terminal:
+            return
+        self.shown, self.shown_at = line, now
+        flops_done = self.flops_done()
+        rate = (flops_done - self.flops_at_start) / max(1e-9, now - self.started)
+        if rate > 0 and (self.workers or elsewhere):
+            unfinished = [*self.todo, *(worker.run for worker in self.workers)]
+            seconds = sum(self.flops[run] * (1 - run.progress) for run in unfinished) / rate
+            line += f", {datetime.timedelta(seconds=round(seconds))} to go"
+        if in_terminal:
+            line = f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}"
+        print(line, end="" if in_terminal and not last else "\n", flush=True)
