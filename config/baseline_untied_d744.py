@@ -1,4 +1,5 @@
-# The baseline made narrower throughout (12 heads of 62): about as many parameters as W_Q = I at n_embd 768.
+# The baseline made narrower throughout (12 heads of 62): about as many parameters as W_Q = I has at n_embd 768.
+#     python train.py config/baseline_untied_d744.py
 wq_identity = False
 attn_scale = 1.0
 weight_decay = 0.1

@@ -1,2 +1,3 @@
-# Multi-query attention: one head of keys and values for all heads of queries.
+# Multi-query attention: one key-value head for all query heads.
+#     python train.py config/quick.py config/mqa.py config/reduced_tied.py
 n_kv_head = 1

@@ -1,5 +1,6 @@
-# A run of about two minutes on two CPU cores: a small model on the embedded corpus, one token a byte.
-# Prepare the data once with `python prepare_owt.py --source=stdlib`; put a variant's file after this one.
+# A run of about two minutes on two CPU cores: a small model on the embedded corpus, one token per byte. Prepare the
+# data once with `python prepare_owt.py --source=stdlib`. A variant's file comes after this one:
+#     python train.py config/quick.py config/reduced_tied.py
 dataset = "stdlib"
 vocab_size = 320  # 256 bytes and end-of-text, padded to a multiple of 64
 n_layer = 4

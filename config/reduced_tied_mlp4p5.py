@@ -1,4 +1,5 @@
-# W_Q = I with its parameters spent on a wider MLP: as many parameters as the baseline.
+# W_Q = I with W_Q's parameters spent on a wider MLP: as many parameters as the baseline.
+#     python train.py config/reduced_tied_mlp4p5.py
 wq_identity = True
 attn_scale = 0.5
 weight_decay = 2**-5

@@ -1,2 +1,3 @@
 # RMSNorm in place of LayerNorm.
+#     python train.py config/quick.py config/rmsnorm.py config/reduced_tied.py
 norm = "rmsnorm"

@@ -1,5 +1,7 @@
-# Arms of as many parameters. At the baseline's number: W_Q against a wider MLP. At the number of W_Q = I: a baseline
-# without W_Q, with a narrower MLP, or narrower throughout (744 at n_embd 768, 124 at 128).
+# Arms compared at equal numbers of parameters. At the baseline's number: W_Q = I with a wider MLP against the baseline.
+# At that of W_Q = I: W_Q = I, and a baseline narrower throughout (744 at n_embd 768, 124 at 128; only about as many
+# parameters), each against a baseline with a narrower MLP.
+#     python sweep.py config/study_params.py config/quick.py --jobs=2
 arms = {
     "baseline": "config/baseline_tied.py",
     "reduced_mlp4p5": "config/reduced_tied_mlp4p5.py",

@@ -1,4 +1,5 @@
-# Which of the three matrices can be the identity? The arms differ in nothing else; each at both attention scales.
+# Which of W_Q, W_K and W_V can be the identity? The arms differ in nothing else; each has both attention scales.
+#     python sweep.py config/study_which.py config/quick.py --jobs=2
 arms = {
     "baseline": "config/baseline_tied.py",
     "wq_identity": "config/baseline_tied.py --wq_identity",
