@@ -12,6 +12,7 @@ evaluated and what it logs has no effect. Nothing stays but what --json, --profi
 import dataclasses
 import functools
 import gc
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ import torch
 import configurator
 import data
 import train
-from engine import decode, devices, distributed
+from engine import decode, devices
+from engine.attention import prefer_attention
 from engine.files import sha256_of, write_json
 from engine.flops import cost
 from speed import hardware, peer, planning, profiling, speed_table, timing
@@ -102,7 +104,7 @@ class Model(timing.Arm):
         held = hardware.allocated_bytes(self.device)
         self.run = train.Trainer(cfg)
         if make_peer:
-            peer.put_into(self.run, make_peer(), train.make_optimizer)
+            peer.replace_model(self.run, make_peer(), train.make_optimizer)
             gc.collect()  # our model, in whose place it came, is gone before memory is counted
         self.resident = hardware.allocated_bytes(self.device) - held
         self.batches = self.run.batches()
@@ -112,26 +114,27 @@ class Model(timing.Arm):
         """A training step, its batch from the loader; every log_interval steps the loss is waited for, as in a run."""
         if not self.run.unchecked:
             self.run.start_clock()
-        self.run.update(*next(self.batches))
+        self.run.within_memory(self.run.update, *next(self.batches))
         if self.run.step % self.run.cfg.log_interval == 0:
             self.run.check()
 
     def training(self):
         run = self.run
-        return timing.Work(self, self.step, run.cfg.tokens_per_step, self.flops.training_flops, run.dtype)
+        return timing.Work(self, self.step, run.cfg.tokens_per_step, self.flops.training_flops, run.compute.dtype)
 
     def evaluation(self):
         offsets = data.evaluation_offsets(len(self.run.bins.val), self.run.cfg.block_size, self.run.n_sequences)
         tokens = len(offsets) * self.run.cfg.block_size
-        flops, dtype = self.flops.forward_flops, self.run.dtype
-        return timing.Work(self, lambda: self.run.evaluate(offsets), tokens, flops, dtype)
+        flops, dtype = self.flops.forward_flops, self.run.compute.dtype
+        return timing.Work(self, lambda: self.run.within_memory(self.run.evaluate, offsets), tokens, flops, dtype)
 
     def loading(self):
         return timing.Work(self, lambda: next(self.batches), self.run.cfg.tokens_per_step)
 
     def decoding_dtype(self, cfg, batch_size):
         """The torch.dtype in which it decodes batch_size sequences at once, as sample.py would choose it."""
-        return devices.choose_dtype(self.run.cfg.dtype, self.device, self.run.cfg, batch_size, cfg.decode_compile)
+        own = self.run.cfg
+        return devices.resolve_decoding(own.device, own.dtype, own, batch_size, cfg.decode_compile).dtype
 
     def decoding(self, cfg, batch_size, cached=True):
         """Greedy decoding of cfg.decode_tokens after cfg.decode_prompt random ones, batch_size sequences at once."""
@@ -187,7 +190,7 @@ def timed_config(cfg, folder):
     changes = dict(out_dir=str(folder / "run"), max_iters=10**9, save_steps=())
     micro_batches = cfg.micro_batches or (None if device.type == "cuda" else 1)
     if micro_batches:
-        sequences = cfg.batch_size or max(1, train.first_tokens(device) // cfg.block_size)
+        sequences = cfg.batch_size or max(1, devices.first_tokens(device) // cfg.block_size)
         changes["tokens_per_step"] = micro_batches * sequences * cfg.block_size
     timed = cfg.train_config(**changes)
     if any((Path(cfg.data_dir) / cfg.dataset / f"{split}.bin").is_file() for split in data.SPLITS):
@@ -233,9 +236,9 @@ def measure(cfg, timed):
     """All that cfg, a BenchConfig, asks for of `timed`, the TrainConfig: a dict, the content of the JSON file."""
     models = make_models(cfg, timed)
     run = models["baseline"].run
-    if run.compiled or cfg.decode_compile:
+    if run.compute.compile or cfg.decode_compile:
         torch._dynamo.config.recompile_limit = 64  # the models share their code; beyond 8 versions it would run eagerly
-    facts = hardware.facts(run.device, run.dtype, run.cfg.model_config(), run.compiled)
+    facts = hardware.facts(run.compute, run.cfg.model_config())
     sections, timings = make_sections(cfg, models), {}
     dtypes = sorted({work.dtype for works in sections.values() for work in works.values() if work.dtype}, key=str)
     products = {dtype: hardware.matrix_product_flops(run.device, dtype) for dtype in dtypes}
@@ -273,7 +276,7 @@ def measure(cfg, timed):
 
 def bench(cfg):
     """Measure or plan as cfg, a BenchConfig, says, print the table and write the files; what the JSON file has."""
-    if distributed.world().size > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("bench.py measures one process: start it without torchrun")
     if cfg.json and not Path(cfg.json).parent.is_dir():
         raise ValueError(f"json: there is no folder {Path(cfg.json).parent}: make it first")
@@ -283,7 +286,7 @@ def bench(cfg):
         text = planning.table(cfg, result["plan"])
     else:
         device = devices.choose_device(cfg.device)
-        with tempfile.TemporaryDirectory() as folder, devices.prefer_attention(device):
+        with tempfile.TemporaryDirectory() as folder, prefer_attention(device):
             result = measure(cfg, timed_config(cfg, Path(folder)))
         text = speed_table.table(result)
     print("\n" + text)

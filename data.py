@@ -37,8 +37,11 @@ def dtype_for(vocab_size):
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
-def load_bins(data_dir, dataset):
-    """The bins in data_dir/dataset. Raises ValueError when they are missing, cut short, or not what meta.json says."""
+def load_bins(data_dir, dataset, say=print):
+    """The bins in data_dir/dataset; say: told where they have no meta.json.
+
+    Raises ValueError when they are missing, cut short, or not what meta.json says.
+    """
     folder = Path(data_dir) / dataset
     paths = {split: folder / f"{split}.bin" for split in SPLITS}
     missing = [str(path) for path in paths.values() if not path.is_file()]
@@ -51,7 +54,7 @@ def load_bins(data_dir, dataset):
     manifest = read_manifest(folder)
     if manifest is None:
         manifest = GPT2_MANIFEST
-        print(f"{folder} has no meta.json: its bins are taken for GPT-2 tokens, as nanoGPT writes them")
+        say(f"{folder} has no meta.json: its bins are taken for GPT-2 tokens, as nanoGPT writes them")
     dtype = DTYPES[manifest["dtype"]]
     tokens = {}
     for split, path in paths.items():

@@ -16,6 +16,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from engine.attention import attend
+
 ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU(approximate="tanh"), "relu": nn.ReLU}
 NORMS = {
     "layernorm": lambda config: nn.LayerNorm(config.n_embd, bias=config.bias),
@@ -56,60 +58,22 @@ class GPTConfig:
     load_balance: float = 0.01  # weight of the load-balancing loss of a mixture of experts, in training
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "mlp_ratio", "n_expert_active"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        for name, choices in (("activation", ACTIVATIONS), ("norm", NORMS), ("pos", ("learned", "rope", "none"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
-        if self.n_embd % self.n_head:
-            lower = self.n_embd - self.n_embd % self.n_head
-            near = " or ".join(str(width) for width in (lower, lower + self.n_head) if width)
-            raise ValueError(
-                f"n_embd={self.n_embd} does not divide into n_head={self.n_head} heads: make n_embd a multiple of "
-                f"{self.n_head}, such as {near}"
-            )
-        if self.mlp_ratio * self.n_embd % 1:
-            raise ValueError(
-                f"mlp_ratio={self.mlp_ratio} times n_embd={self.n_embd} is not a whole hidden width: make mlp_ratio a "
-                f"multiple of 1/{self.n_embd}, such as {round(self.mlp_ratio * self.n_embd)}/{self.n_embd}"
-            )
-        if self.n_kv_head is not None and (self.n_kv_head < 1 or self.n_head % self.n_kv_head):
-            divisors = [str(n) for n in range(1, self.n_head + 1) if self.n_head % n == 0]
-            raise ValueError(
-                f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}: use one of {', '.join(divisors)}"
-            )
-        if self.n_kv_head not in (None, self.n_head) and (self.wk_identity or self.wv_identity):
-            raise ValueError(
-                f"wk_identity and wv_identity need n_kv_head=n_head={self.n_head}, not {self.n_kv_head}: with fewer "
-                "heads keys and values are narrower than the block's input, which cannot take their place"
-            )
-        if self.wq_identity and self.wk_identity and self.wv_identity:
-            raise ValueError(
-                "wq_identity, wk_identity and wv_identity leave attention nothing to learn: set at most two"
-            )
-        if self.pos == "rope" and self.n_embd // self.n_head % 2:
-            raise ValueError(
-                f"pos=rope rotates pairs: n_embd/n_head must be even, not {self.n_embd}/{self.n_head} = "
-                f"{self.n_embd // self.n_head}"
-            )
-        if self.parallel and self.attn_skip != self.mlp_skip:
-            raise ValueError(
-                "parallel=True has one skip connection: set attn_skip and mlp_skip both to True or to False"
-            )
-        if self.n_expert and not self.n_expert_active <= self.n_expert:
-            raise ValueError(
-                f"n_expert_active={self.n_expert_active} must not exceed n_expert={self.n_expert} (0: a plain MLP)"
-            )
+        check(self)
 
+    @property
+    def d_k(self):
+        """The width of a head."""
+        return self.n_embd // self.n_head
 
-class ParamCount(NamedTuple):
-    """Numbers of trainable parameters, as the paper's Table 2 counts them."""
+    @property
+    def kv_heads(self):
+        """The number of heads of keys and values."""
+        return self.n_kv_head or self.n_head
 
-    total: int  # every parameter once; a tied matrix is one matrix
-    attn_mlp: int  # those of the attention and MLP layers
+    @property
+    def mlp_hidden(self):
+        """The hidden width of the MLP, or of one expert."""
+        return round(self.mlp_ratio * self.n_embd)
 
 
 def at_least_float32(x):
@@ -149,74 +113,64 @@ class Rotary(nn.Module):
         return turned.type_as(x)
 
 
-def unrotated(x, positions=None):
-    """No rotary positions: x as it is."""
-    return x
-
-
-def attend(q, k, v, **options):
-    """F.scaled_dot_product_attention of (B, heads, T, d_k) each; with gradients, on a CPU and at small T in float32."""
-    # There its backward pass takes up to five times as long in bfloat16, more than the forward pass saves.
-    if q.device.type == "cpu" and torch.is_grad_enabled() and q.size(2) * q.size(3) <= 2**14:
-        with torch.autocast("cpu", enabled=False):
-            y = F.scaled_dot_product_attention(*map(at_least_float32, (q, k, v)), **options)
-        return y.type_as(v)
-    return F.scaled_dot_product_attention(q, k, v, **options)
-
-
 class SelfAttention(nn.Module):
     """Multi-head attention; (B, T, n_embd) to (B, T, n_embd).
 
-    The rows of `c_attn.weight` are the blocks Q, K, V in this order. The block of an identity projection is absent,
-    and the layer's input takes its place.
+    The rows of `c_attn.weight` are the blocks Q, K, V in this order. An identity projection has none: the layer's input
+    takes the place of its output.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        d, d_k = config.n_embd, config.n_embd // config.n_head
-        self.d_k, self.dropout = d_k, config.dropout
-        n_kv_head = config.n_kv_head or config.n_head
-        self.is_causal = config.causal
-        self.options = dict(scale=config.attn_scale / math.sqrt(d_k), enable_gqa=n_kv_head < config.n_head)
-        self.is_identity = (config.wq_identity, config.wk_identity, config.wv_identity)
-        widths = (d, n_kv_head * d_k, n_kv_head * d_k)
-        self.widths = [width for width, identity in zip(widths, self.is_identity, strict=True) if not identity]
-        self.c_attn = nn.Linear(d, sum(self.widths), bias=config.bias)
-        self.c_proj = nn.Linear(d, d, bias=config.bias)
-        self.rotate = Rotary(d_k, config.block_size) if config.pos == "rope" else unrotated
+        self.wq_identity, self.wk_identity = config.wq_identity, config.wk_identity
+        self.wv_identity = config.wv_identity
+        kv_width = config.kv_heads * config.d_k
+        q_width = 0 if config.wq_identity else config.n_embd
+        k_width = 0 if config.wk_identity else kv_width
+        v_width = 0 if config.wv_identity else kv_width
+        self.widths = (q_width, k_width, v_width)
+        self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.rotary = Rotary(config.d_k, config.block_size) if config.pos == "rope" else None
         self.resid_dropout = nn.Dropout(config.dropout)
+        self.d_k, self.dropout, self.is_causal = config.d_k, config.dropout, config.causal
+        self.scale = config.attn_scale / math.sqrt(config.d_k)
+        self.is_grouped = config.kv_heads < config.n_head
+
+    def split_qkv(self, tensor, dim=-1):
+        """The blocks Q, K, V of c_attn's output, weight or bias along `dim`; that of an identity is empty."""
+        return tensor.split(self.widths, dim)
 
     def project(self, x, positions=None):
-        """Queries, keys and values of x, rotated if positions are rotary (`Rotary`); (B, heads, T, d_k) each."""
-        projected = list(self.c_attn(x).split(self.widths, dim=-1))
-        q, k, v = [x if identity else projected.pop(0) for identity in self.is_identity]
-        q, k, v = (t.unflatten(-1, (-1, self.d_k)).transpose(1, 2) for t in (q, k, v))
-        return self.rotate(q, positions), self.rotate(k, positions), v
+        """The queries, keys and values of x, (B, heads, T, d_k) each; positions: (T,) int64, None: 0 to T − 1."""
+        q, k, v = self.split_qkv(self.c_attn(x))  # (B, T, width)
+        q = x if self.wq_identity else q  # (B, T, n_embd): W_Q = I, the queries are the input itself
+        k = x if self.wk_identity else k  # (B, T, kv_heads * d_k)
+        v = x if self.wv_identity else v  # (B, T, kv_heads * d_k)
+        q, k, v = (t.unflatten(-1, (-1, self.d_k)).transpose(1, 2) for t in (q, k, v))  # (B, heads, T, d_k)
+        if self.rotary:
+            q, k = self.rotary(q, positions), self.rotary(k, positions)
+        return q, k, v
 
     def forward(self, x, cache=None):
-        if cache is None:
-            q, k, v = self.project(x)
-            visible = dict(is_causal=self.is_causal)
-        else:
-            q, k, v = self.project(x, cache.positions)
-            k, v = cache.extend(k, v)
-            visible = cache.visible
+        """x: the block's normalised input. cache: the decode.LayerCache of the tokens before x, or None."""
+        q, k, v = self.project(x, None if cache is None else cache.positions)
+        visible = dict(is_causal=self.is_causal)
+        if cache is not None:
+            k, v, visible = cache.extend(k, v)
         dropout_p = self.dropout if self.training else 0.0
-        y = attend(q, k, v, dropout_p=dropout_p, **visible, **self.options)
+        y = attend(q, k, v, scale=self.scale, enable_gqa=self.is_grouped, dropout_p=dropout_p, **visible)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # from (B, n_head, T, d_k)
 
 
 class MLP(nn.Module):
     """Two linear layers with an activation between; (B, T, n_embd) to (B, T, n_embd)."""
 
-    balance_loss = 0.0  # there is nothing to balance
-
     def __init__(self, config: GPTConfig):
         super().__init__()
-        hidden = round(config.mlp_ratio * config.n_embd)
-        self.c_fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, config.mlp_hidden, bias=config.bias)
         self.activation = ACTIVATIONS[config.activation]()
-        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -224,84 +178,93 @@ class MLP(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """n_expert MLPs; a token's output is the sum of n_expert_active of them, weighted by the router; shapes as for MLP.
+    """n_expert MLPs, of which each token takes n_expert_active, weighted by the router.
+
+    (B, T, n_embd) to the same, and the load-balancing loss E · Σ (share of the tokens) · (mean probability), 1 where
+    experts are used alike (Switch Transformer, arXiv 2101.03961). Weights are probabilities, a softmax over them all.
 
     The experts stand side by side in one wide MLP: rows i·hidden to (i+1)·hidden of c_fc, and these columns of c_proj,
     are expert i, and the router's weight multiplies its hidden units (a bias of c_proj belongs to all). So every expert
     is computed, n_expert / n_expert_active times the operations needed, but in two large products that nothing waits
-    for. Weights are probabilities, a softmax over all experts; balance_loss is E · Σ (share of the tokens) · (mean
-    probability), 1 where experts are used alike (Switch Transformer, arXiv 2101.03961).
+    for.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_expert, self.n_active = config.n_expert, config.n_expert_active
-        hidden = round(config.mlp_ratio * config.n_embd)
         self.router = nn.Linear(config.n_embd, config.n_expert, bias=False)
-        self.c_fc = nn.Linear(config.n_embd, config.n_expert * hidden, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, config.n_expert * config.mlp_hidden, bias=config.bias)
         self.activation = ACTIVATIONS[config.activation]()
-        self.c_proj = nn.Linear(config.n_expert * hidden, config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_expert * config.mlp_hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
         p = at_least_float32(self.router(x)).softmax(dim=-1)  # (B, T, n_expert)
         chosen = torch.zeros_like(p).scatter(-1, p.topk(self.n_active, dim=-1).indices, 1.0)
-        share = chosen.mean(dim=(0, 1)) / self.n_active
-        self.balance_loss = self.n_expert * (share * p.mean(dim=(0, 1))).sum()  # GPT.forward reads it
-        hidden = self.activation(self.c_fc(x)).unflatten(-1, (self.n_expert, -1))  # (B, T, n_expert, hidden)
+        share = chosen.mean(dim=(0, 1)) / self.n_active  # (n_expert,)
+        balance_loss = self.n_expert * (share * p.mean(dim=(0, 1))).sum()
+        hidden = self.activation(self.c_fc(x)).unflatten(-1, (self.n_expert, -1))  # (B, T, n_expert, mlp_hidden)
         hidden = hidden * (p * chosen).unsqueeze(-1).type_as(hidden)
-        return self.dropout(self.c_proj(hidden.flatten(-2)))
-
-
-def add(x, y):
-    """A skip connection: x goes around the layer whose output is y."""
-    return x + y
-
-
-def replace(x, y):
-    """No skip connection: the layer's output alone goes on."""
-    return y
+        return self.dropout(self.c_proj(hidden.flatten(-2))), balance_loss
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each on the normalised residual stream; the paper's equation (1)."""
+    """Attention, then MLP, each on the normalised residual stream; the paper's equation (1).
+
+    (B, T, n_embd) to the same, and the load-balancing loss of its experts, 0 for a plain MLP.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.ln_1 = NORMS[config.norm](config)
         self.attn = SelfAttention(config)
-        self.ln_2 = NORMS[config.norm](config)
+        self.ln_2 = None if config.parallel else NORMS[config.norm](config)
         self.mlp = MixtureOfExperts(config) if config.n_expert else MLP(config)
-        self.join_attn = add if config.attn_skip else replace
-        self.join_mlp = add if config.mlp_skip else replace
+        self.attn_skip, self.mlp_skip = config.attn_skip, config.mlp_skip
+        self.has_experts = config.n_expert > 0
 
     def forward(self, x, cache=None):
-        x = self.join_attn(x, self.attn(self.ln_1(x), cache))
-        return self.join_mlp(x, self.mlp(self.ln_2(x)))
+        y = self.attn(self.ln_1(x), cache)
+        x = x + y if self.attn_skip else y
+        y, balance_loss = self.mlp_and_balance(self.ln_2(x))
+        return x + y if self.mlp_skip else y, balance_loss
+
+    def mlp_and_balance(self, x):
+        """The MLP's output and its load-balancing loss."""
+        return self.mlp(x) if self.has_experts else (self.mlp(x), 0.0)
 
 
 class ParallelBlock(Block):
     """Attention and MLP side by side on the same normalised input, in one skip connection; it has no ln_2."""
 
-    def __init__(self, config: GPTConfig):
-        super().__init__(config)
-        del self.ln_2
-
     def forward(self, x, cache=None):
         normalised = self.ln_1(x)
-        return self.join_attn(x, self.attn(normalised, cache) + self.mlp(normalised))
+        y = self.attn(normalised, cache)
+        z, balance_loss = self.mlp_and_balance(normalised)
+        y = y + z
+        return x + y if self.attn_skip else y, balance_loss
+
+
+class ParamCount(NamedTuple):
+    """Numbers of trainable parameters, as the paper's Table 2 counts them."""
+
+    total: int  # every parameter once; a tied matrix is one matrix
+    attn_mlp: int  # those of the attention and MLP layers
 
 
 class GPT(nn.Module):
-    """A transformer language model: a decoder, or with causal=False an encoder."""
+    """A transformer language model: a decoder, or with causal=False an encoder.
 
-    def __init__(self, config: GPTConfig):
+    linear_loss: engine.linear_cross_entropy, which takes the loss from a part of the logits at a time; None: from all.
+    """
+
+    def __init__(self, config: GPTConfig, linear_loss=None):
         super().__init__()
         self.config = config
-        self.chunked_loss = None  # or linear_cross_entropy: the loss with a part of the logits in memory at a time
+        self.linear_loss = linear_loss
         block = ParallelBlock if config.parallel else Block
         n_block = 1 if config.share_layers else config.n_layer
-        self.order = [layer % n_block for layer in range(config.n_layer)]  # the block of each layer
+        self.order = [layer % n_block for layer in range(config.n_layer)]  # the block that each layer is
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
@@ -334,7 +297,7 @@ class GPT(nn.Module):
         the tokens before idx, advanced by T; None: there are none before.
         Returns (logits, loss): with targets, logits (B, T, vocab_size) and the mean loss over the targets that count,
         or each token's loss, (B·T,), with reduction='none'; without, logits of the last position alone,
-        (B, 1, vocab_size), and None. With chunked_loss there are no logits beside a loss, and no gradient with
+        (B, 1, vocab_size), and None. With linear_loss there are no logits beside a loss, and no gradient with
         reduction='none'. Raises ValueError when T exceeds block_size.
         """
         B, T = idx.shape
@@ -346,16 +309,15 @@ class GPT(nn.Module):
         x = self.transformer.drop(x)
         balance_loss = 0.0
         for layer, block in enumerate(self.order):
-            x = self.transformer.h[block](x, None if cache is None else cache.layer(layer))
-            balance_loss = balance_loss + self.transformer.h[block].mlp.balance_loss
+            x, balance = self.transformer.h[block](x, None if cache is None else cache.layer(layer))
+            balance_loss = balance_loss + balance
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, [-1]]), None
-        if self.chunked_loss:
-            logits, weight = None, self.lm_head.weight
-            loss = self.chunked_loss(x.flatten(0, 1), weight, targets.flatten(), reduction)
+        if self.linear_loss:
+            logits, loss = None, self.linear_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), reduction)
         else:
-            logits = self.lm_head(x)
+            logits = self.lm_head(x)  # (B, T, vocab_size)
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
         if self.training:
             loss = loss + self.config.load_balance * balance_loss / self.config.n_layer
@@ -366,3 +328,50 @@ class GPT(nn.Module):
         sizes = {name: parameter.numel() for name, parameter in self.named_parameters()}
         in_layers = sum(size for name, size in sizes.items() if ".attn." in name or ".mlp." in name)
         return ParamCount(sum(sizes.values()), in_layers)
+
+
+def check(config):
+    """Raise ValueError, naming the fields and what would be valid, for a GPTConfig that cannot be built."""
+    for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "mlp_ratio", "n_expert_active"):
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name} must be positive, not {getattr(config, name)}")
+    for name, choices in (("activation", ACTIVATIONS), ("norm", NORMS), ("pos", ("learned", "rope", "none"))):
+        if getattr(config, name) not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(config, name)!r}")
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, not {config.dropout}")
+    if config.n_embd % config.n_head:
+        lower = config.n_embd - config.n_embd % config.n_head
+        near = " or ".join(str(width) for width in (lower, lower + config.n_head) if width)
+        raise ValueError(
+            f"n_embd={config.n_embd} does not divide into n_head={config.n_head} heads: make n_embd a multiple of "
+            f"{config.n_head}, such as {near}"
+        )
+    if config.mlp_ratio * config.n_embd % 1:
+        raise ValueError(
+            f"mlp_ratio={config.mlp_ratio} times n_embd={config.n_embd} is not a whole hidden width: make mlp_ratio a "
+            f"multiple of 1/{config.n_embd}, such as {round(config.mlp_ratio * config.n_embd)}/{config.n_embd}"
+        )
+    if config.n_kv_head is not None and (config.n_kv_head < 1 or config.n_head % config.n_kv_head):
+        divisors = [str(n) for n in range(1, config.n_head + 1) if config.n_head % n == 0]
+        raise ValueError(
+            f"n_kv_head={config.n_kv_head} must divide n_head={config.n_head}: use one of {', '.join(divisors)}"
+        )
+    if config.n_kv_head not in (None, config.n_head) and (config.wk_identity or config.wv_identity):
+        raise ValueError(
+            f"wk_identity and wv_identity need n_kv_head=n_head={config.n_head}, not {config.n_kv_head}: with fewer "
+            "heads keys and values are narrower than the block's input, which cannot take their place"
+        )
+    if config.wq_identity and config.wk_identity and config.wv_identity:
+        raise ValueError("wq_identity, wk_identity and wv_identity leave attention nothing to learn: set at most two")
+    if config.pos == "rope" and config.n_embd // config.n_head % 2:
+        raise ValueError(
+            f"pos=rope rotates pairs: n_embd/n_head must be even, not {config.n_embd}/{config.n_head} = "
+            f"{config.n_embd // config.n_head}"
+        )
+    if config.parallel and config.attn_skip != config.mlp_skip:
+        raise ValueError("parallel=True has one skip connection: set attn_skip and mlp_skip both to True or to False")
+    if config.n_expert and not config.n_expert_active <= config.n_expert:
+        raise ValueError(
+            f"n_expert_active={config.n_expert_active} must not exceed n_expert={config.n_expert} (0: a plain MLP)"
+        )

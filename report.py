@@ -73,12 +73,12 @@ def draw(results, flops, folder):
 
 def run_rows(results, flops):
     """The rows of runs.csv, a dict for each run, finished or not."""
-    measured = "steps tokens val_loss val_loss_se best_val_loss train_loss tokens_per_second".split()
+    measured = "steps tokens val_loss val_loss_se best_val_loss_during_training train_loss tokens_per_second".split()
     rows = [
         {"arm": cell.arm}
         | cell.point
         | {"seed": run.config["seed"], "data_seed": run.config["data_seed"], "folder": run.folder, "state": "finished"}
-        | {name: run.summary[name] for name in measured}
+        | {name: run.summary.get(name) for name in measured}
         | {"parameters": run.facts["parameters"]["total"], "attn_mlp": run.facts["parameters"]["attn_mlp"]}
         | {"training_flops": flops[run.folder], "data": run.facts["data"]["fingerprint"]}
         | {"git_commit": run.facts["git_commit"], "torch": run.facts["versions"]["torch"]}

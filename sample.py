@@ -15,6 +15,7 @@ import torch
 import configurator
 from corpus import tokenizers
 from engine import checkpoint, decode, devices
+from engine.attention import prefer_attention
 from engine.files import read_json
 
 
@@ -80,21 +81,21 @@ def sample(cfg):
     tokenizer = tokenizers.get_tokenizer(run["data"]["tokenizer"])
     # An empty prompt begins where documents do, after the end of the one before.
     prompt = tokenizer.encode_ordinary(prompt_text(cfg.start)) or [tokenizer.eot_token]
-    device = devices.choose_device(cfg.device)
-    model = checkpoint.build_model(state).to(device).eval()
-    dtype = devices.choose_dtype(cfg.dtype, device, model.config, cfg.num_samples, cfg.compile)
-    decode.lay_out(model, cfg.num_samples, dtype)
-    generator = torch.Generator(device).manual_seed(cfg.seed)
+    model = checkpoint.build_model(state).eval()
+    compute = devices.resolve_decoding(cfg.device, cfg.dtype, model.config, cfg.num_samples, cfg.compile)
+    model.to(compute.device)
+    decode.lay_out(model, cfg.num_samples, compute.dtype)
+    generator = torch.Generator(compute.device).manual_seed(cfg.seed)
     print(f"{folder / cfg.ckpt}, step {state['step']}", file=sys.stderr)
 
     with (
         tqdm(total=cfg.num_samples * cfg.max_new_tokens, unit="token", disable=not sys.stderr.isatty()) as bar,
-        devices.autocast(device, dtype),
-        devices.prefer_attention(device),
+        compute.autocast,
+        prefer_attention(compute.device),
     ):
         tokens = decode.generate(
             model,
-            torch.tensor([prompt], device=device),
+            torch.tensor([prompt], device=compute.device),
             cfg.max_new_tokens,
             cfg.temperature,
             cfg.top_k,

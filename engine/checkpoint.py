@@ -95,9 +95,9 @@ def load_weights(model, state):
 
 
 def check_same_run(state, config, path):
-    """Raise ValueError unless config, a dict of train.TrainConfig's fields, can go on with a run's checkpoint.
+    """What config, a dict of TrainConfig's fields, changes of a run's checkpoint, as a list of texts.
 
-    The model, the seeds and tokens_per_step make a run what it is; of other options that changed a line is printed.
+    Raises ValueError unless it can go on with it: the model, the seeds and tokens_per_step make a run what it is.
     """
     fixed = [*state["model_config"], "seed", "data_seed", "tokens_per_step"]
     differences = differing(state["config"], {name: config[name] for name in fixed})
@@ -108,9 +108,7 @@ def check_same_run(state, config, path):
     if state["step"] > config["max_iters"]:
         raise ValueError(f"{path} has {state['step']} steps already, more than max_iters={config['max_iters']}")
     about_the_call = ("resume", "eval_only", "out_dir")
-    changed = differing(state["config"], {name: config[name] for name in config if name not in about_the_call})
-    if changed:
-        print(f"changed since the checkpoint: {'; '.join(changed)}")
+    return differing(state["config"], {name: config[name] for name in config if name not in about_the_call})
 
 
 def differing(there, here):

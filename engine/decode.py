@@ -37,9 +37,8 @@ class KVCache:
 
     def __init__(self, model, batch_size, max_tokens, few_shapes=False):
         config, weight = model.config, model.lm_head.weight
-        n_kv_head = config.n_kv_head or config.n_head
         # One place more than attention ever looks at, lest torch.compile takes the sight of all for another case.
-        shape = (batch_size, n_kv_head, max_tokens + 1, config.n_embd // config.n_head)
+        shape = (batch_size, config.kv_heads, max_tokens + 1, config.d_k)
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         # Not one tensor for all: torch.compile copies the whole of a tensor that a view of it writes to.
@@ -77,17 +76,17 @@ class KVCache:
 class LayerCache(NamedTuple):
     """What attention needs of a KVCache."""
 
-    keys: torch.Tensor  # (B, n_kv_head, max_tokens + 1, d_k), as are the values
+    keys: torch.Tensor  # (B, kv_heads, max_tokens + 1, d_k), as are the values
     values: torch.Tensor
     positions: torch.Tensor  # (n_new,) int64, of the new tokens
     n_places: int  # that attention looks at
     visible: dict  # which of these a new token sees, for scaled_dot_product_attention
 
     def extend(self, k, v):
-        """Keep the new tokens' k and v, (B, n_kv_head, n_new, d_k); those of all n_places."""
+        """Keep the new tokens' k and v, (B, kv_heads, n_new, d_k); those of all n_places, and which are visible."""
         for kept, new in ((self.keys, k), (self.values, v)):
             kept.index_copy_(2, self.positions, new.to(kept.dtype))
-        return self.keys[:, :, : self.n_places], self.values[:, :, : self.n_places]
+        return self.keys[:, :, : self.n_places], self.values[:, :, : self.n_places], self.visible
 
 
 @torch.no_grad()

@@ -1,30 +1,50 @@
-"""What a run computes on and how: device, precision, attention kernel, loss, memory."""
+"""What a run computes with: the one place where its `auto` options are resolved, and what it says of the device."""
 
-import contextlib
 import functools
 import resource
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from engine import distributed
 from engine.linear_cross_entropy import linear_cross_entropy
 
 
-def smaller_batch_size(n_sequences, limit):
-    """The largest micro-batch of at most `limit` sequences into which n_sequences divide."""
-    return max(size for size in range(1, max(1, min(limit, n_sequences)) + 1) if n_sequences % size == 0)
+@dataclass(frozen=True)
+class Compute:
+    """What a run computes with; nothing here is 'auto' any more."""
+
+    device: torch.device
+    dtype: torch.dtype  # of matrix products
+    compile: bool  # torch.compile
+    batch_size: int  # sequences at a time; for training with batch_size=0 the first that is tried
+    linear_loss: Callable | None = None  # of the model: linear_cross_entropy; None: the loss from all logits at once
+
+    @property
+    def autocast(self):
+        """The context in which matrix products are in dtype."""
+        return autocast(self.device, self.dtype)
 
 
-def recompute_activations(model):
-    """Keep of each block its input alone, and compute the rest again in the backward pass: less memory, more work."""
-    from torch.utils.checkpoint import checkpoint
+def resolve(cfg, world):
+    """The Compute of a TrainConfig for one process of a World. Raises ValueError for what cannot be had here."""
+    device = choose_device(cfg.device, world.local_rank)
+    dtype = choose_dtype(cfg.dtype, device, cfg)
+    compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
+    n_sequences = cfg.sequences_per_process(world.size)
+    batch_size = cfg.batch_size or smaller_batch_size(n_sequences, first_tokens(device) // cfg.block_size)
+    loss = choose_loss(cfg.chunked_loss, cfg.vocab_size, device, dtype, compiled)
+    return Compute(device, dtype, compiled, batch_size, loss)
 
-    for block in model.transformer.h:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+def resolve_decoding(device, dtype, config, n_sequences, compiled):
+    """The Compute of decoding n_sequences at once with a model of a GPTConfig; device, dtype: as options name them."""
+    device = choose_device(device)
+    return Compute(device, choose_dtype(dtype, device, config, n_sequences, compiled), compiled, n_sequences)
 
 
-def choose_device(name):
-    """The torch.device called name; 'auto' is CUDA where there is one, the process's own under torchrun.
+def choose_device(name, local_rank=None):
+    """The torch.device called name; 'auto' is CUDA where there is one, under torchrun that of the local rank.
 
     Raises ValueError for a device that is not here.
     """
@@ -32,8 +52,8 @@ def choose_device(name):
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError as error:
         raise ValueError(f"device={name} is not a device: write cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and device.index is None and distributed.world().size > 1:
-        device = torch.device("cuda", distributed.world().local_rank)
+    if device.type == "cuda" and device.index is None and local_rank is not None:
+        device = torch.device("cuda", local_rank)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device={name}, but torch sees {torch.cuda.device_count()} CUDA devices here; try --device=cpu"
@@ -60,6 +80,54 @@ def choose_dtype(name, device, config, n_decoded=None, compiled=False):
     return torch.bfloat16 if pays and torch.cpu._is_amx_tile_supported() else torch.float32
 
 
+def choose_loss(chunked, vocab_size, device, dtype, compiled):
+    """`linear_cross_entropy`, or None for the loss from all logits at once; chunked: TrainConfig's chunked_loss.
+
+    Raises ValueError for float16, whose loss scale would come after the gradients of the logits are rounded.
+    """
+    if chunked and dtype == torch.float16:
+        raise ValueError("chunked_loss=True does not go with dtype=float16: leave it out, or take dtype=bfloat16")
+    if chunked is None:
+        # torch.compile fuses the loss. Else, on a CPU, chunks pay from 1,024 logits per token (1.0 to 1.5 times as
+        # fast, 1.1 to 2.8 times at 50,304) and lose at 320 (0.8 to 0.95).
+        chunked = device.type == "cpu" and dtype != torch.float16 and not compiled and vocab_size >= 1024
+    if not chunked:
+        return None
+    # A compiled graph would hold every chunk.
+    return torch.compiler.disable(linear_cross_entropy) if compiled else linear_cross_entropy
+
+
+def first_tokens(device):
+    """Tokens of the first micro-batch tried with batch_size=0; few on a CPU, which cannot say that memory is short."""
+    return 2**16 if device.type == "cuda" else 2**13
+
+
+def smaller_batch_size(n_sequences, limit):
+    """The largest micro-batch of at most `limit` sequences into which n_sequences divide."""
+    return max(size for size in range(1, max(1, min(limit, n_sequences)) + 1) if n_sequences % size == 0)
+
+
+def out_of_memory(cfg, batch_size, n_processes):
+    """What to say where a micro-batch of batch_size sequences does not fit into the device's memory."""
+    ways = ["recompute=True"]
+    if cfg.batch_size > 1 and n_processes == 1:
+        ways.insert(0, "batch_size=0, which finds one that fits")
+    if batch_size > 1:
+        ways.insert(0, "a smaller batch_size")
+    return (
+        f"a micro-batch of {batch_size} × {cfg.block_size} tokens does not fit into the device's memory: set "
+        f"{', or '.join(ways)}"
+    )
+
+
+def checkpoint_activations(model):
+    """Keep of each block its input alone, and recompute the rest in the backward pass: less memory, more work."""
+    from torch.utils.checkpoint import checkpoint
+
+    for block in model.transformer.h:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
 def autocast(device, dtype):
     """The context in which matrix products on a torch.device are in dtype; float32 is no change."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -70,39 +138,12 @@ def dtype_name(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-def choose_loss(chunked, vocab_size, device, dtype, compiled):
-    """`linear_cross_entropy`, or None for the loss from all logits at once; chunked: TrainConfig's chunked_loss.
-
-    Raises ValueError for float16, whose loss scale would come after the gradients of the logits are rounded.
-    """
-    if chunked and dtype == torch.float16:
-        raise ValueError("chunked_loss=True does not go with dtype=float16: leave it out, or take dtype=bfloat16")
-    if chunked is None:
-        # torch.compile fuses the loss. Else, on a CPU, chunks pay from 1,024 logits a token (1.0 to 1.5 times as fast,
-        # 1.1 to 2.8 times at 50,304) and lose at 320 (0.8 to 0.95).
-        chunked = device.type == "cpu" and dtype != torch.float16 and not compiled and vocab_size >= 1024
-    if not chunked:
-        return None
-    # A compiled graph would hold every chunk.
-    return torch.compiler.disable(linear_cross_entropy) if compiled else linear_cross_entropy
-
-
-def prefer_attention(device):
-    """A context in which scaled_dot_product_attention on CUDA takes cuDNN's kernel where that can be, then flash.
-
-    torch's own order differs between GPUs. On an H100 cuDNN's is reported to be twice as fast as FlashAttention-2.
-    """
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    order = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
-    return sdpa_kernel(list(order), set_priority=True)
-
-
 def describe_device(device):
-    """The device's name, for people."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    """The device's name, for people: a GPU's own, or 'CPU (2 threads)'."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU ({threads} thread{'s' if threads > 1 else ''})"
 
 
 def peak_memory_bytes(device):

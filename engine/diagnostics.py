@@ -20,7 +20,7 @@ def of_attention(attn, x):
     with torch.autocast(
         x.device.type, enabled=False
     ):  # the model may run in bfloat16, whose rounding is no matter here
-        logits = q @ k.repeat_interleave(group, dim=1).mT * attn.options["scale"]  # (B, n_head, T, T)
+        logits = q @ k.repeat_interleave(group, dim=1).mT * attn.scale  # (B, n_head, T, T)
     seen = torch.ones_like(logits[0, 0], dtype=torch.bool)
     if attn.is_causal:
         seen = seen.tril()
@@ -42,8 +42,7 @@ def of_attention(attn, x):
 
 def of_weights(attn, gradients):
     """Frobenius norms of a SelfAttention's W_Q and W_K (None for an identity), and of all its gradients together."""
-    parts = iter(attn.c_attn.weight.split(attn.widths))
-    w_q, w_k = [None if identity else next(parts).norm().item() for identity in attn.is_identity[:2]]
+    w_q, w_k, _ = (part.norm().item() if len(part) else None for part in attn.split_qkv(attn.c_attn.weight, dim=0))
     squares = sum(gradient.float().square().sum().item() for gradient in gradients)
     return {"W_Q_norm": w_q, "W_K_norm": w_k, "grad_norm": math.sqrt(squares)}
 

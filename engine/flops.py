@@ -23,9 +23,9 @@ def cost(config: GPTConfig) -> Cost:
     deducted, as in the usual 6N + 12·L·d·T); a mixture of experts computes all of its experts.
     """
     d, biases = config.n_embd, int(config.bias)
-    kv_width = (config.n_kv_head or config.n_head) * (d // config.n_head)
+    kv_width = config.kv_heads * config.d_k
     qkv_width = d * (not config.wq_identity) + kv_width * (not config.wk_identity) + kv_width * (not config.wv_identity)
-    hidden = round(config.mlp_ratio * d) * max(1, config.n_expert)
+    hidden = config.mlp_hidden * max(1, config.n_expert)
     matrices = d * qkv_width + d * d + 2 * d * hidden + d * config.n_expert  # of one layer
     layer = matrices + biases * (qkv_width + d + hidden + d)
     norm = {"layernorm": d * (1 + biases), "rmsnorm": d, "dyt": 2 * d + 1, "none": 0}[config.norm]

@@ -107,7 +107,7 @@ class RunLog:
         """Write summary.json, which marks the run as finished, and print it as `key: value` lines; returns values."""
         write_json(self.folder / "summary.json", values)
         self._bar.close()
-        print_summary(values)
+        print(summary_text(values))
         if self._wandb:
             self._wandb.summary.update(values)
         return values
@@ -158,7 +158,7 @@ def facts(run):
         "data": {"fingerprint": run.bins.fingerprint, "tokenizer": run.bins.manifest["tokenizer"]},
         "device": devices.describe_device(run.device),
         "processes": run.world.size,
-        "dtype": devices.dtype_name(run.dtype),
+        "dtype": devices.dtype_name(run.compute.dtype),
     }
 
 
@@ -182,7 +182,7 @@ def header(run):
         "step": f"{cfg.tokens_per_step:,} tokens: {run.n_own // run.batch_size} × {run.batch_size} sequences of "
         f"{cfg.block_size}" + f" in each of {run.world.size} processes" * (run.world.size > 1),
         "schedule": f"{schedule}; weight decay {cfg.weight_decay:g}",
-        "device": f"{facts(run)['device']}, {facts(run)['dtype']}{', compiled' * run.compiled}",
+        "device": f"{facts(run)['device']}, {facts(run)['dtype']}{', compiled' if run.compute.compile else ''}",
     }
     return "\n".join(f"{name:<10}  {row}" for name, row in rows.items())
 
@@ -193,7 +193,7 @@ def summary(run, validation):
     tokens = run.step * run.cfg.tokens_per_step
     return {
         **validation,
-        "best_val_loss": run.best_val_loss,
+        "best_val_loss_during_training": run.best_val_loss,  # of eval_windows windows, not of all
         "train_loss": statistics.fmean(last) if last else None,  # over the last ten train records
         "train_loss_se": statistics.stdev(last) / len(last) ** 0.5 if len(last) > 1 else None,
         "steps": run.step,
@@ -206,11 +206,9 @@ def summary(run, validation):
     }
 
 
-def print_summary(values):
-    """Print `key: value` lines, one for each entry."""
-    print("---")
-    for name, value in values.items():
-        print(f"{name}: {value}")
+def summary_text(values):
+    """A summary as `key: value` lines, one for each entry."""
+    return "\n".join(["---", *(f"{name}: {value}" for name, value in values.items())])
 
 
 def git_commit():

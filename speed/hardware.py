@@ -127,12 +127,11 @@ def attention_backend(device, dtype, config):
 
     One call, forward alone, with the model's shapes, is run in the profiler and says what it called.
     """
-    d_k, n_kv_head = config.n_embd // config.n_head, config.n_kv_head or config.n_head
     q, k, v = (
-        torch.randn(2, heads, config.block_size, d_k, device=device, dtype=dtype, requires_grad=True)
-        for heads in (config.n_head, n_kv_head, n_kv_head)
+        torch.randn(2, heads, config.block_size, config.d_k, device=device, dtype=dtype, requires_grad=True)
+        for heads in (config.n_head, config.kv_heads, config.kv_heads)
     )
-    options = dict(dropout_p=config.dropout, is_causal=config.causal, enable_gqa=n_kv_head < config.n_head)
+    options = dict(dropout_p=config.dropout, is_causal=config.causal, enable_gqa=config.kv_heads < config.n_head)
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -149,8 +148,9 @@ def attention_backend(device, dtype, config):
     return (found[0] if found else "unknown") + (f", kernel {kernel}" if kernel else "")
 
 
-def facts(device, dtype, config, compiled):
-    """What a table of speed must say of the machine: name -> text, 'n/a' for what is not known here."""
+def facts(compute, config):
+    """What a table of speed must say of the machine, for a devices.Compute: name -> text, 'n/a' for the unknown."""
+    device, dtype = compute.device, compute.dtype
     versions = runlog.versions()
     try:
         versions["transformers"] = metadata.version("transformers")
@@ -169,6 +169,6 @@ def facts(device, dtype, config, compiled):
         "versions": ", ".join(f"{library} {version}" for library, version in versions.items()),
         "CUDA": torch.version.cuda or "n/a",
         "dtype": devices.dtype_name(dtype),
-        "compiled": "yes" if compiled else "no",
+        "compiled": "yes" if compute.compile else "no",
         "attention": attention_backend(device, dtype, config),
     }

@@ -34,7 +34,7 @@ def check(peer, cfg):
 class HuggingFaceGPT2(nn.Module):
     """transformers.GPT2LMHeadModel of a BenchConfig's sizes, called as `model.GPT` is. It always has biases."""
 
-    said = (
+    description = (
         "GPT2LMHeadModel with SDPA; it has biases, and its own loss in training and its own generate in decoding, "
         "with a cache and compiled on a GPU alone"
     )
@@ -51,7 +51,7 @@ class HuggingFaceGPT2(nn.Module):
                 n_embd=cfg.n_embd,
                 n_layer=cfg.n_layer,
                 n_head=cfg.n_head,
-                n_inner=round(cfg.mlp_ratio * cfg.n_embd),
+                n_inner=cfg.mlp_hidden,
                 activation_function=ACTIVATIONS[cfg.activation],
                 resid_pdrop=cfg.dropout,
                 embd_pdrop=cfg.dropout,
@@ -93,7 +93,7 @@ class HuggingFaceGPT2(nn.Module):
 class NanoGPT(nn.Module):
     """The GPT of the model.py in the folder cfg.nanogpt, of a BenchConfig's sizes, called as `model.GPT` is."""
 
-    said = (
+    description = (
         "the GPT of its model.py, with its own loss in training and its own generate in decoding, without a cache and "
         "never compiled"
     )
@@ -120,8 +120,8 @@ class NanoGPT(nn.Module):
 MODELS = {"hf": HuggingFaceGPT2, "nanogpt": NanoGPT}
 
 
-def put_into(run, model, make_optimizer):
+def replace_model(run, model, make_optimizer):
     """Have a train.Trainer train the model of a peer, one of MODELS, in place of its own, in the same way."""
     run.model = model.to(run.device)
-    run.fast_model, run.synchronise = (torch.compile(run.model) if run.compiled else run.model), lambda on: None
+    run.fast_model = torch.compile(run.model) if run.compute.compile else run.model
     run.optimizer = make_optimizer(run.model, run.cfg, run.device.type)

@@ -56,8 +56,8 @@ def memory(config, batch_size, recompute=False, pieces=1, chunked_loss=False):
     The terms are those of FORMULAS.
     """
     counts, d = cost(config), config.n_embd
-    kv_width = (config.n_kv_head or config.n_head) * (d // config.n_head)
-    hidden = round(config.mlp_ratio * d) * max(1, config.n_expert)
+    kv_width = config.kv_heads * config.d_k
+    hidden = config.mlp_hidden * max(1, config.n_expert)
     tokens = batch_size * config.block_size
     states = 16 * counts.total // pieces + 2 * (counts.attn_mlp + config.vocab_size * d)
     # Two float32 residual streams with two bfloat16 norm outputs, and two float32 numbers a norm, in each block.

@@ -88,11 +88,13 @@ def notes(cfg, models, rows):
         model = models[peer.NAMES[each]]
         dtypes = []
         if {"train", "eval"} & set(cfg.only):
-            dtypes.append(f"in the same loop, with the same optimizer, in {devices.dtype_name(model.run.dtype)}")
+            dtypes.append(
+                f"in the same loop, with the same optimizer, in {devices.dtype_name(model.run.compute.dtype)}"
+            )
         if "decode" in cfg.only:
             dtypes.append(f"decoding in {decoding_dtypes(cfg, model)}")
         if dtypes:
-            found.append(f"{model.name}, {'; '.join(dtypes)}: {model.run.model.said}.")
+            found.append(f"{model.name}, {'; '.join(dtypes)}: {model.run.model.description}.")
     if "decode" in cfg.only and not cfg.causal:
         found.append("Decoding: n/a, as an encoder (causal=False) generates nothing.")
     if any(row["peak_bytes"] is None for row in rows):

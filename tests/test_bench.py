@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import types
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bench
-from engine import decode, devices, distributed
+from engine import decode, devices
 from engine.flops import cost
 from model import GPT, GPTConfig
 from speed import hardware, profiling, timing
@@ -450,7 +449,7 @@ def test_a_mistake_ends_in_one_line(refuses, tmp_path, monkeypatch, argv, words)
 
 
 def test_it_is_one_process(refuses, monkeypatch):
-    monkeypatch.setattr(distributed, "world", lambda: types.SimpleNamespace(size=2))
+    monkeypatch.setenv("WORLD_SIZE", "2")
     refuses(bench.main, words=["torchrun"])
 
 

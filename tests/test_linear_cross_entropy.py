@@ -102,10 +102,12 @@ class Largest(TorchDispatchMode):
 
 def test_a_model_with_chunked_loss_never_has_all_logits(monkeypatch):
     monkeypatch.setattr(linear_cross_entropy, "CHUNK", 500)
-    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=100, block_size=64))
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=100, block_size=64)
     idx = torch.randint(100, (4, 64))
     most, loss = {}, {}
-    for chunked, model.chunked_loss in ((False, None), (True, linear_cross_entropy.linear_cross_entropy)):
+    for chunked, linear_loss in ((False, None), (True, linear_cross_entropy.linear_cross_entropy)):
+        torch.manual_seed(0)
+        model = GPT(config, linear_loss)
         with Largest() as largest:
             _, loss[chunked] = model(idx, idx)
             loss[chunked].backward()
@@ -127,7 +129,7 @@ def test_a_run_with_chunked_loss_is_the_run_without(tiny, monkeypatch, changes):
 
 def test_which_runs_have_a_chunked_loss(tiny):
     def chosen(**changes):
-        return train.Trainer(tiny(device="cpu", **{"vocab_size": 1024, **changes})).model.chunked_loss
+        return train.Trainer(tiny(device="cpu", **{"vocab_size": 1024, **changes})).compute.linear_loss
 
     assert chosen() is chosen(dtype="bfloat16") is linear_cross_entropy.linear_cross_entropy
     assert chosen(vocab_size=1000) is None

@@ -78,41 +78,44 @@ def test_a_batch_that_does_not_divide_among_processes_is_refused(tiny):
 
 def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(tiny, monkeypatch, capsys):
     expected = train.train(tiny(out_dir="plain"))
-    original, sizes = train.accumulate_gradients, []
+    original, sizes = train.Trainer.update, []
 
-    def too_large(model, x, y, batch_size, *rest):
-        sizes.append(batch_size)
-        result = original(model, x, y, batch_size, *rest)  # gradients are there when the memory ends
-        if batch_size > 2 and len(sizes) > 3:
+    def too_large(trainer, x, y):
+        sizes.append(trainer.batch_size)
+        if trainer.batch_size > 2 and len(sizes) > 3:
+            trainer.model(x, y)[1].backward()  # gradients are there when the memory ends
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return result
+        original(trainer, x, y)
 
-    monkeypatch.setattr(train, "accumulate_gradients", too_large)
+    monkeypatch.setattr(train.Trainer, "update", too_large)
     found = train.train(tiny(out_dir="small", batch_size=0))
     assert sizes[:7] == [8, 8, 8, 8, 4, 2, 2]
     assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
     assert "out of memory: from here on micro-batches of 2 sequences" in capsys.readouterr().out
     with pytest.raises(
-        ValueError, match=r"micro-batch of 8 × 16 tokens does not fit .* batch_size, or 0 to find one, or"
+        ValueError, match=r"micro-batch of 8 × 16 tokens does not fit .* set a smaller batch_size, or batch_size=0"
     ):
         train.train(tiny(out_dir="fixed"))
 
 
 def test_an_evaluation_that_does_not_fit_halves_the_micro_batch_too(tiny, monkeypatch):
     expected = train.train(tiny(out_dir="plain", max_iters=2))
-    original, sizes = train.evaluate, []
+    original, sizes = train.Trainer.evaluate, []
 
-    def too_large(model, examples, offsets, batch_size, *rest):
-        sizes.append(batch_size)
-        if batch_size > 2:
+    def too_large(trainer, offsets):
+        sizes.append(trainer.batch_size)
+        if trainer.batch_size > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(model, examples, offsets, batch_size, *rest)
+        return original(trainer, offsets)
 
-    monkeypatch.setattr(train, "evaluate", too_large)
+    def always_too_large(trainer, x, y):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train.Trainer, "evaluate", too_large)
     found = train.train(tiny(out_dir="small", max_iters=2, batch_size=0))
     assert sizes[:4] == [8, 4, 2, 2]
     assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
-    monkeypatch.setattr(train, "accumulate_gradients", lambda *_: too_large(None, None, None, 8))
+    monkeypatch.setattr(train.Trainer, "update", always_too_large)
     with pytest.raises(ValueError, match="set recompute=True"):
         train.train(tiny(out_dir="never", max_iters=2, batch_size=0))
 

@@ -12,4 +12,4 @@ from engine import distributed
 torch.set_num_threads(1)
 for options in json.loads(Path(sys.argv[1]).read_text()):
     train.train(train.TrainConfig(**options))
-distributed.leave()
+distributed.shutdown()

@@ -156,7 +156,7 @@ def change_gauge(model, gauge="balanced"):
     weights = read_weights(model)
     for number, block in enumerate(weights.blocks):
         try:
-            blocks = GAUGES[gauge](block["q"].weight, block["k"].weight, config.n_kv_head or config.n_head)
+            blocks = GAUGES[gauge](block["q"].weight, block["k"].weight, config.kv_heads)
         except ValueError as error:
             raise ValueError(f"layer {number}, {error}") from error
         rows = [torch.cat((block[name].weight, block[name].bias[None])) for name in "qk"]  # a bias is one more row
@@ -245,7 +245,7 @@ def covering_result(model, which="q", layer=None):
 
 def has_query_bias(block):
     """Whether the query bias of a block with a W_Q is not zero."""
-    return bool(block.attn.c_attn.bias[: block.attn.widths[0]].any())
+    return bool(block.attn.split_qkv(block.attn.c_attn.bias)[0].any())
 
 
 def chosen(blocks, layer):

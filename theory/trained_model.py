@@ -91,7 +91,7 @@ class Moments:
         self.mlp_output = output
 
     def on_block(self, module, inputs, output):
-        self.before_mlp += (output - self.mlp_output).double().square().sum().item()
+        self.before_mlp += (output[0] - self.mlp_output).double().square().sum().item()
 
     def norm_from_linear(self):
         """‖n − xA‖ / ‖n‖ for the matrix A that makes it smallest, over all tokens."""
@@ -162,19 +162,19 @@ def keys_of(model, number, moments):
     """`best_keys` for one block of a GPT, given the Moments of that block."""
     block = read_weights(model).blocks[number]
     rows = [torch.cat((block[name].weight, block[name].bias[None])).cpu() for name in "qk"]
-    return best_keys(*rows, moments.read, model.config.n_kv_head or model.config.n_head)
+    return best_keys(*rows, moments.read, model.config.kv_heads)
 
 
 @torch.no_grad()
 def set_keys(model, number, w_k=None):
     """Set W_Q = I in block `number` of a GPT, in place, and its keys to w_k, (d + 1, ·), bias below; None: kept."""
     attn = model.transformer.h[number].attn
-    q, k = attn.c_attn.weight.split(attn.widths)[:2]
+    q, k, _ = attn.split_qkv(attn.c_attn.weight, dim=0)
     q.copy_(torch.eye(len(q)))
     if w_k is not None:
         k.copy_(w_k[:-1].T)
     if attn.c_attn.bias is not None:
-        q, k = attn.c_attn.bias.split(attn.widths)[:2]
+        q, k, _ = attn.split_qkv(attn.c_attn.bias)
         q.zero_()
         if w_k is not None:
             k.copy_(w_k[-1])

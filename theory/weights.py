@@ -43,10 +43,8 @@ def read_weights(model):
 
     blocks = []
     for i, module in enumerate(model.transformer.h):
-        names = [name for name, is_identity in zip("qkv", module.attn.is_identity, strict=True) if not is_identity]
-        weight, bias = affine(f"transformer.h.{i}.attn.c_attn")
-        parts = zip(weight.split(module.attn.widths, dim=1), bias.split(module.attn.widths), strict=True)
-        block = {name: Affine(*part) for name, part in zip(names, parts, strict=True)}
+        parts = map(Affine, *map(module.attn.split_qkv, affine(f"transformer.h.{i}.attn.c_attn")))
+        block = {name: part for name, part in zip("qkv", parts, strict=True) if part.bias.numel()}
         for layer, name in LAYERS.items():
             if f"transformer.h.{i}.{layer}.weight" in state:
                 block[name] = affine(f"transformer.h.{i}.{layer}")
