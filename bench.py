@@ -101,12 +101,12 @@ class Model(timing.Arm):
 
     def __init__(self, name, cfg, make_peer=None):
         super().__init__(name, devices.choose_device(cfg.device))
-        held = hardware.allocated_bytes(self.device)
+        held = devices.allocated_bytes(self.device)
         self.run = train.Trainer(cfg)
         if make_peer:
             peer.replace_model(self.run, make_peer(), train.make_optimizer)
             gc.collect()  # our model, in whose place it came, is gone before memory is counted
-        self.resident = hardware.allocated_bytes(self.device) - held
+        self.resident = devices.allocated_bytes(self.device) - held
         self.batches = self.run.batches()
         self.flops = cost(cfg.model_config())
 

@@ -1,9 +1,11 @@
 """What a run computes with: the one place where its `auto` options are resolved, and what it says of the device."""
 
 import functools
+import platform
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -138,6 +140,18 @@ def dtype_name(dtype):
     return str(dtype).removeprefix("torch.")
 
 
+def device_name(device):
+    """The name of a torch.device's GPU or processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def describe_device(device):
     """The device's name, for people: a GPU's own, or 'CPU (2 threads)'."""
     if device.type == "cuda":
@@ -146,8 +160,19 @@ def describe_device(device):
     return f"CPU ({threads} thread{'s' if threads > 1 else ''})"
 
 
+def allocated_bytes(device):
+    """The GPU memory that tensors hold now; 0 on a CPU, where nobody counts."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def reset_peak_memory(device):
+    """Have the peak of a GPU's memory begin anew; a CPU's is of the whole process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_bytes(device):
-    """The most memory that this process has used so far: the device's on CUDA, resident memory on a CPU."""
+    """The most memory that this process has used: the GPU's since `reset_peak_memory`, or resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,12 +1,10 @@
 """What a device can do: by its datasheet where it is known, and by a large matrix product on the device itself."""
 
-import platform
 import statistics
 import subprocess
 import time
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -49,18 +47,6 @@ DATASHEETS = {
 }
 
 
-def device_name(device):
-    """The name of a torch.device's GPU or processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def peak_flops(name, dtype):
     """The datasheet's operations a second of the device called name in a torch.dtype; None where it is not known."""
     number_format = devices.dtype_name(dtype)
@@ -85,22 +71,6 @@ def synchronise(device):
     """Wait until the device has done all that it was asked for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def allocated_bytes(device):
-    """The GPU memory that tensors hold now; 0 on a CPU, where nobody counts."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def forget_peak(device):
-    """Have `peak_bytes` begin anew."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_bytes(device):
-    """The most GPU memory that tensors held since `forget_peak`; None on a CPU."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def matrix_product_flops(device, dtype, size=None, repeats=5):
@@ -156,7 +126,7 @@ def facts(compute, config):
         versions["transformers"] = metadata.version("transformers")
     except metadata.PackageNotFoundError:
         versions["transformers"] = "n/a"
-    name = device_name(device)
+    name = devices.device_name(device)
     peak = peak_flops(name, dtype)
     source = f" ({DATASHEETS[name].source})" if name in DATASHEETS else ""
     return {

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from engine import devices
 from speed import hardware
 
 
@@ -50,17 +51,16 @@ def interleave(works, repeats, warmup=1, min_seconds=0.0, clock=time.perf_counte
     def seconds_of(work, calls):
         device = work.arm.device
         hardware.synchronise(device)
-        hardware.forget_peak(device)
-        held = hardware.allocated_bytes(device)
+        devices.reset_peak_memory(device)
+        held = devices.allocated_bytes(device)
         began = clock()
         for _ in range(calls):
             work.call()
         hardware.synchronise(device)
         seconds = clock() - began
         # Whatever else is held now belongs to the others: it is there before and after.
-        peak = hardware.peak_bytes(device)
-        peak = None if peak is None else work.arm.resident + peak - held
-        work.arm.resident += hardware.allocated_bytes(device) - held
+        peak = work.arm.resident + devices.peak_memory_bytes(device) - held if device.type == "cuda" else None
+        work.arm.resident += devices.allocated_bytes(device) - held
         return seconds, peak
 
     for work in works.values():

@@ -97,9 +97,10 @@ def test_a_turn_has_as_many_calls_as_the_fastest_needs():
 
 def test_peak_memory_is_that_of_one_model(monkeypatch):
     held, peak = {}, [0]
-    monkeypatch.setattr(hardware, "allocated_bytes", lambda device: sum(held.values()))
-    monkeypatch.setattr(hardware, "forget_peak", lambda device: peak.__setitem__(0, sum(held.values())))
-    monkeypatch.setattr(hardware, "peak_bytes", lambda device: peak[0])
+    monkeypatch.setattr(devices, "allocated_bytes", lambda device: sum(held.values()))
+    monkeypatch.setattr(devices, "reset_peak_memory", lambda device: peak.__setitem__(0, sum(held.values())))
+    monkeypatch.setattr(devices, "peak_memory_bytes", lambda device: peak[0])
+    monkeypatch.setattr(hardware, "synchronise", lambda device: None)
 
     def work(name, weights, state, temporary):
         held[name] = weights
@@ -108,7 +109,7 @@ def test_peak_memory_is_that_of_one_model(monkeypatch):
             held[name] = weights + state  # the first step makes the optimizer's state
             peak[0] = max(peak[0], sum(held.values()) + temporary)
 
-        return timing.Work(timing.Arm(name, CPU, resident=weights), call, tokens=1)
+        return timing.Work(timing.Arm(name, torch.device("cuda"), resident=weights), call, tokens=1)
 
     works = {"a": work("a", 100, 200, 50), "b": work("b", 1000, 2000, 500)}
     timings = timing.interleave(works, repeats=3, warmup=1)

@@ -9,9 +9,9 @@ import pytest
 from configurator import ROOT
 
 # What a module may import: the ranks below its own, and its own folder. `configurator` is of the lowest.
-RANKS = ("configurator", "model", "train_config", "engine", "data", "corpus")
-BESIDE = ("studies", "speed", "theory")  # each other, above all of these
-FOLDERS = ("engine", "corpus", *BESIDE)
+RANKS = ("configurator", "model", "train_config", "engine", "data", "corpus", "studies")
+BESIDE = ("speed", "theory")  # each other, above all of these
+FOLDERS = ("engine", "corpus", "studies", *BESIDE)
 ROOT_MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 COMMANDS = [name for name in ROOT_MODULES if name not in RANKS]
 MODULES = [path.relative_to(ROOT) for folder in ("", *FOLDERS) for path in sorted((ROOT / folder).glob("*.py"))]
