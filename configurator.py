@@ -2,17 +2,19 @@
 
     python train.py config/quick.py config/reduced_tied.py --weight_decay=2**-6 --wandb_log
 
-A command keeps its defaults in a dataclass; the comment after each field is what `--help` prints. Config files are
-plain Python assignments, applied in order; then `--key=value` (a boolean takes `--key` alone). Names that begin with
-an underscore belong to the file that uses them.
+A command keeps its defaults in a dataclass; the comment after each field is what `--help` prints, under the heading
+that a comment line above the fields gives. Config files are plain Python, applied in order; then `--key=value` (a
+boolean takes `--key` alone). Names that begin with an underscore belong to the file that uses them.
 """
 
 import ast
 import dataclasses
 import difflib
 import inspect
+import math
 import operator
 import os
+import re
 import sys
 import traceback
 import types
@@ -20,6 +22,9 @@ import typing
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
+COMMAND_LINE = "the command line"
+FilePath = typing.NewType("FilePath", str)  # a field that names a file or a folder; ~ is the home folder
+MAX_INT = 2**63  # what torch and numpy can take
 ARITHMETIC = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -32,6 +37,7 @@ ARITHMETIC = {
     ast.UAdd: operator.pos,
 }
 WORDS = {"none": None, "true": True, "false": False}
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "text", FilePath: "a path"}
 
 
 def parse(schema, argv, positional=None):
@@ -46,28 +52,29 @@ def read(schema, argv, base=None, positional=None, usage=None):
     positional: the name of the field that takes the arguments without `--`; None: they are config files.
     usage: what `--help` says first; None: the docstring of schema's module.
     Raises ValueError for a name that schema does not have, a value of another type, or an unreadable file, naming the
-    field and where it was set. Prints the fields and exits on `--help`.
+    field and where it was set. Prints the fields and exits on `--help`. Where schema has a class variable HINTS, name
+    -> text, it says what to write in place of a name that others use.
     """
     if "--help" in argv or "-h" in argv:
         print(describe(schema, usage))
         raise SystemExit(0)
-    fields = field_types(schema)
+    fields, hints = field_types(schema), getattr(schema, "HINTS", {})
     values = {}  # name -> (value, where it was set)
     for name, value in (base or {}).items():
         values[known(name, fields, "the stored configuration")] = (value, "the stored configuration")
     words = config_files(argv)
     if positional:
-        values[positional] = (tuple(words), "the command line")
+        values[positional] = (tuple(words), COMMAND_LINE)
     for path in () if positional else words:
         for name, (value, where) in read_config_file(path).items():
-            values[known(name, fields, where)] = (value, where)
+            values[known(name, fields, where, hints)] = (value, where)
     for argument in argv:
         if argument.startswith("--"):
             name, equals, text = argument[2:].partition("=")
-            known(name, fields, "the command line")
-            if not equals and fields[name] is not bool:
+            known(name, fields, COMMAND_LINE, hints)
+            if not equals and bool not in alternatives(fields[name]):
                 raise ValueError(f"--{name} needs a value: write --{name}=…")
-            values[name] = (from_text(text, fields[name]) if equals else True, "the command line")
+            values[name] = (from_text(text, fields[name]) if equals else True, COMMAND_LINE)
     return {name: coerce(name, value, fields[name], where) for name, (value, where) in values.items()}
 
 
@@ -76,37 +83,75 @@ def config_files(argv):
     return [argument for argument in argv if not argument.startswith("--")]
 
 
-def read_config_file(path):
-    """name -> (value, 'path, line n') for each public name that a config file assigns. Raises ValueError."""
+def read_config_file(path, functions=()):
+    """name -> (value, 'path, line n') for each public name that a config file brings into its namespace.
+
+    However it does so: by assignment, `from … import *` or exec. Modules and functions do not count, but for the
+    functions that are named. A file that is not in the working folder is looked for beside this one, too.
+    Raises ValueError for one that cannot be read, naming the line of the mistake.
+    """
+    place = Path(path).expanduser()
+    if not place.exists() and (ROOT / place).is_file():
+        place = ROOT / place
     try:
-        source = Path(path).read_text(encoding="utf-8")
+        source = place.read_bytes()
     except OSError as error:
-        near = difflib.get_close_matches(str(path), [f"config/{p.name}" for p in ROOT.glob("config/*.py")], n=1)
-        hint = f"did you mean {near[0]}?" if near else "options are written --key=value"
-        raise ValueError(f"cannot read the config file {path} ({error.strerror}); {hint}") from error
-    namespace = {"__file__": str(path)}
+        raise ValueError(f"cannot read the config file {path} ({error.strerror}): {_file_hint(path)}") from error
+    namespace = {"__file__": str(place), "__name__": place.stem}
     try:
-        tree = ast.parse(source, filename=str(path))
+        tree = ast.parse(source, filename=str(path))  # from bytes: a declared encoding is Python's matter
         exec(compile(tree, str(path), "exec"), namespace)
     except Exception as error:
-        line = error.lineno if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1].lineno
-        raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = frames[-1].lineno if frames else getattr(error, "lineno", None) or 1
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}, line {line}: {type(error).__name__}: {reason}") from error
     lines = {node.id: node.lineno for node in ast.walk(tree) if isinstance(node, ast.Name) and _is_store(node)}
+    lines |= {node.name: node.lineno for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     return {
-        name: (value, f"{path}, line {lines[name]}")
+        name: (value, f"{path}, line {lines[name]}" if name in lines else str(path))
         for name, value in namespace.items()
-        if name in lines and not name.startswith("_")
+        if not name.startswith("_")
+        and (name in functions or not (callable(value) or isinstance(value, types.ModuleType)))
     }
 
 
+def _file_hint(path):
+    """What to do where a config file cannot be read."""
+    if Path(path).is_dir():
+        return f"it is a folder; a run in it is continued with --out_dir={path} --resume"
+    near = difflib.get_close_matches(str(path), [f"config/{p.name}" for p in ROOT.glob("config/*.py")], n=1)
+    return f"did you mean {near[0]}?" if near else "config files come first, options are written --key=value"
+
+
+def _is_store(node):
+    return isinstance(node.ctx, ast.Store)
+
+
+def known(name, fields, where, hints=types.MappingProxyType({})):
+    """name, if it is among fields; raises ValueError, with a hint or the nearest of them, if not."""
+    if name not in fields:
+        near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else "--help lists the options"
+        raise ValueError(f"{where}: unknown option {name!r}; {hints.get(name, hint)}")
+    return name
+
+
 def coerce(name, value, kind, where):
-    """value as the annotated type `kind`. An int is a valid float, and a float without a fraction a valid int."""
+    """value as the annotated type `kind`. An int is a valid float, and a float without a fraction a valid int.
+
+    where: what set it, for the ValueError that is raised for another type and for a number that is not finite.
+    """
+
+    def refuse(wanted, hint=""):
+        field = f"--{name}" if where == COMMAND_LINE else f"{where}: {name}"
+        raise ValueError(f"{field} must be {wanted}, got {value!r}{hint}")
+
+    wanted = type_name(kind)
+    if value is None and types.NoneType in alternatives(kind):
+        return None
+    (kind,) = [choice for choice in alternatives(kind) if choice is not types.NoneType]
     choices = typing.get_args(kind)
-    if isinstance(kind, types.UnionType):  # X | None
-        if value is None:
-            return None
-        (kind,) = [choice for choice in choices if choice is not types.NoneType]
-        return coerce(name, value, kind, where)
     if typing.get_origin(kind) is tuple:
         if isinstance(value, (list, tuple)):
             return tuple(coerce(name, item, choices[0], where) for item in value)
@@ -114,18 +159,38 @@ def coerce(name, value, kind, where):
         if value in choices:
             return value
         near = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{where}: {name} must be one of {', '.join(map(str, choices))}, not {value!r}{hint}")
+        refuse(wanted, f"; did you mean {near[0]!r}?" if near else "")
     elif kind is bool or isinstance(value, bool):
         if kind is bool and isinstance(value, bool):
             return value
-    elif kind is int and isinstance(value, (int, float)) and value == value // 1:
-        return int(value)
-    elif kind is float and isinstance(value, (int, float)):
-        return float(value)
+    elif kind in (int, float) and isinstance(value, (int, float)):
+        try:
+            number = float(value)
+        except OverflowError:  # an int beyond the largest float
+            number = math.inf
+        if kind is float and math.isfinite(number):
+            return number
+        if kind is float or not abs(value) < MAX_INT:  # nan fails, too
+            refuse("a finite number" if kind is float else f"{wanted} below 2**63")
+        if value == value // 1:
+            return int(value)
+    elif kind is FilePath and isinstance(value, str):
+        return os.path.expanduser(value)
     elif kind is str and isinstance(value, str):
         return value
-    raise ValueError(f"{where}: {name} must be {type_name(kind)}, not {value!r} ({type(value).__name__})")
+    return refuse(wanted)
+
+
+def require(config, positive="", not_negative=""):
+    """Raise ValueError, naming the field, unless the named fields of a dataclass are in their range; None passes."""
+    for names, is_right, wanted in (
+        (positive, lambda value: 0 < value < math.inf, "positive"),
+        (not_negative, lambda value: 0 <= value < math.inf, "zero or positive"),
+    ):
+        for name in names.split():
+            value = getattr(config, name)
+            if value is not None and not is_right(value):
+                raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
 def field_types(schema):
@@ -134,94 +199,111 @@ def field_types(schema):
     return {field.name: hints[field.name] for field in dataclasses.fields(schema)}
 
 
+def alternatives(kind):
+    """The types of a union such as int | None; of another type itself alone."""
+    return typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+
+
 def type_name(kind):
-    """The type as a user reads it: 'int', 'float or none', 'one of gelu, relu', 'a list of int'."""
+    """The type as a user reads it: 'a whole number', 'a number or none', 'one of gelu, relu'."""
+    if len(alternatives(kind)) > 1:
+        return " or ".join("none" if choice is types.NoneType else type_name(choice) for choice in alternatives(kind))
     arguments = typing.get_args(kind)
-    if isinstance(kind, types.UnionType):
-        return " or ".join("none" if choice is types.NoneType else type_name(choice) for choice in arguments)
     if typing.get_origin(kind) is typing.Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if typing.get_origin(kind) is tuple:
-        return f"a list of {type_name(arguments[0])}"
-    return kind.__name__
+        return f"a list, each {type_name(arguments[0])}"
+    return TYPE_NAMES[kind]
 
 
 def describe(schema, usage=None):
-    """Every field with its default and the comment that stands after it in the source of its dataclass."""
-    comments = {}
-    for cls in schema.__mro__[:-1]:  # a field that is declared again has the comment of the last
+    """Every field with its default and the comment after it in the source of its dataclass, under its heading."""
+    comments, headings = {}, {}
+    for cls in reversed(schema.__mro__[:-1]):  # a field that is declared again has its last comment and heading
+        heading = "options"
         for line in inspect.getsource(cls).splitlines():
-            declaration, _, comment = line.partition("  # ")
-            comments.setdefault(declaration.partition(":")[0].strip(), comment)
-    usage = usage or inspect.getmodule(schema).__doc__ or ""
-    rows = [
-        f"  --{field.name}={field.default!r}\n        {comments[field.name]} [{type_name(kind)}]"
-        for field, kind in zip(dataclasses.fields(schema), field_types(schema).values(), strict=True)
-    ]
-    return usage.strip() + "\n\nFields, with their defaults:\n" + "\n".join(rows)
-
-
-def run(main, argv=None):
-    """Run a command's main(argv) and exit. A user's mistake becomes one line on standard error and exit status 2.
-
-    A user's mistake is a ValueError that this repository raised; one from within torch or numpy is a bug and keeps its
-    traceback. FloatingPointError (training diverged) is one line and exit status 1.
-    """
-    try:
-        sys.exit(main(sys.argv[1:] if argv is None else argv))
-    except ValueError as error:
-        source = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        if not source.is_relative_to(ROOT) or "site-packages" in source.parts:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output (head, say) has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-
-
-def known(name, fields, where):
-    """name, if it is among fields; raises ValueError, with the nearest of them, if not. where: what names it."""
-    if name not in fields:
-        near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else "--help lists the options"
-        raise ValueError(f"{where}: unknown option {name!r}; {hint}")
-    return name
-
-
-def _is_store(node):
-    return isinstance(node.ctx, ast.Store)
+            if match := re.fullmatch(r"    # (.+)", line):
+                heading = match[1]
+            elif match := re.match(r"    (\w+): .*?  # (.+)", line):
+                comments[match[1]], headings[match[1]] = match[2], heading
+    kinds, sections = field_types(schema), {}
+    for field in dataclasses.fields(schema):
+        row = f"  --{field.name}={field.default!r}\n        {comments[field.name]} [{type_name(kinds[field.name])}]"
+        sections.setdefault(headings[field.name], []).append(row)
+    usage = (usage or inspect.getmodule(schema).__doc__ or "").strip()
+    return "\n\n".join([usage, *("\n".join([f"{heading}:", *rows]) for heading, rows in sections.items())])
 
 
 def from_text(text, kind):
     """The value that command-line text stands for, given the field's type; text itself where it is no literal."""
-    alternatives = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if text.lower() == "none" and types.NoneType in alternatives:
+    kinds = alternatives(kind)
+    if text.lower() == "none" and types.NoneType in kinds:
         return None
-    if any(choice is str or typing.get_origin(choice) is typing.Literal for choice in alternatives):
+    if any(choice in (str, FilePath) or typing.get_origin(choice) is typing.Literal for choice in kinds):
         return text
-    for choice in alternatives:
+    for choice in kinds:
         if typing.get_origin(choice) is tuple:
             return tuple(from_text(item.strip(), typing.get_args(choice)[0]) for item in text.split(",") if item)
     if text.lower() in WORDS:
         return WORDS[text.lower()]
     try:
         return _arithmetic(ast.parse(text, mode="eval").body)
-    except (SyntaxError, TypeError, KeyError, ArithmeticError):
+    except (SyntaxError, TypeError, KeyError, ValueError, ArithmeticError, RecursionError, MemoryError):
         return text
 
 
 def _arithmetic(node):
     """The value of an expression of numbers, such as 2**-5; KeyError or TypeError for anything else."""
-    if isinstance(node, ast.Constant):
+    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
         return node.value
     if isinstance(node, ast.UnaryOp):
         return ARITHMETIC[type(node.op)](_arithmetic(node.operand))
     if isinstance(node, ast.BinOp):
-        return ARITHMETIC[type(node.op)](_arithmetic(node.left), _arithmetic(node.right))
+        left, right = _arithmetic(node.left), _arithmetic(node.right)
+        if isinstance(node.op, ast.Pow) and abs(right) > 1024:  # 9**9**9 would take all memory
+            raise OverflowError
+        return ARITHMETIC[type(node.op)](left, right)
     raise TypeError
+
+
+def run(main, argv=None):
+    """Run a command's main(argv) and exit.
+
+    A user's mistake, which is a ValueError that this repository raised, is one line on standard error and exit status
+    2; so is what the system or a library refuses (a full disk, a number out of its range), with a hint to `--debug`,
+    which shows the traceback. FloatingPointError (training diverged) is one line and exit status 1. Anything else is a
+    bug, and keeps its traceback.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    debug = "--debug" in argv
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows its code, and loses nothing
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        sys.exit(main([argument for argument in argv if argument != "--debug"]))
+    except FloatingPointError as error:
+        _fail(error, str(error), 1, debug)
+    except BrokenPipeError:  # the reader of our output (head, say) has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except (ValueError, OSError, OverflowError, RecursionError, MemoryError) as error:
+        source = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        is_ours = isinstance(error, ValueError) and source.is_relative_to(ROOT) and "site-packages" not in source.parts
+        text = str(error) if is_ours else f"{_reason(error)} (--debug shows where)"
+        _fail(error, text, 2, debug)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _reason(error):
+    """What a library's or the system's error says, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _fail(error, text, status, debug):
+    if debug:
+        traceback.print_exception(error)
+    print(f"error: {' '.join(text.splitlines())}", file=sys.stderr)
+    sys.exit(status)

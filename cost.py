@@ -1,7 +1,10 @@
-"""What a configuration costs: parameters, operations, key/value cache, and what W_Q = I saves of them.
+"""Print what a configuration costs (parameters, FLOPs, KV cache) with W_Q and with W_Q = I.
 
 python cost.py config/baseline_tied.py
 python cost.py config/gqa.py config/moe.py --n_layer=24
+
+The first row is the configuration itself; the others change its attention (multi-head, grouped-query, multi-query) and
+its MLP (one MLP, or a mixture of experts). FLOPs are counted as in `engine/flops.py`, the cache in bfloat16.
 """
 
 import dataclasses
@@ -9,30 +12,28 @@ import dataclasses
 import configurator
 from engine.flops import cost
 from model import GPTConfig
+from studies import page
 from train_config import TrainConfig
 
+COLUMNS = ["W_Q → W_Q = I", "parameters", "attention + MLP", "training FLOPs per token", "KV cache per token"]
 
-def compare(config: GPTConfig, name: str):
-    """A table row: a configuration with W_Q, with W_Q = I, and the difference."""
-    full, reduced = (cost(dataclasses.replace(config, wq_identity=identity)) for identity in (False, True))
 
-    def change(field, divisor, unit):
-        before, after = getattr(full, field), getattr(reduced, field)
+def cost_row(config: GPTConfig, name: str) -> list[str]:
+    """The cells of COLUMNS for one configuration: each cost with W_Q, with W_Q = I, and the share saved."""
+    baseline, reduced = (cost(dataclasses.replace(config, wq_identity=identity)) for identity in (False, True))
+
+    def change(field):
+        before, after = getattr(baseline, field), getattr(reduced, field)
         saved = f"−{1 - after / before:.1%}" if before else "none"
-        return f"{before / divisor:,.1f} → {after / divisor:,.1f} {unit} ({saved})"
+        return f"{before / 1e6:,.1f} → {after / 1e6:,.1f} M ({saved})"
 
-    cache = f"{full.kv_cache_bytes / 1024:g} KiB" if config.causal else "none"
-    columns = [change("total", 1e6, "M"), change("attn_mlp", 1e6, "M"), change("training_flops", 1e6, "M")]
-    return "| " + " | ".join([name, *columns, cache]) + " |"
+    cache = f"{baseline.kv_cache_bytes / 1024:g} KiB" if config.causal else "none"
+    return [name, change("total"), change("attn_mlp"), change("training_flops"), cache]
 
 
-def table(config: GPTConfig):
-    """A Markdown table: the configuration itself, then kinds of attention × MLP or experts, with its other options."""
-    lines = [
-        "| W_Q → W_Q = I | parameters | attention + MLP | training FLOPs a token | KV cache a token |",
-        "| --- | ---: | ---: | ---: | ---: |",
-        compare(config, "this configuration"),
-    ]
+def cost_table(config: GPTConfig) -> page.Table:
+    """The costs of a configuration, and of the same with each kind of attention × MLP or mixture of experts."""
+    rows = [cost_row(config, "this configuration")]
     heads = {"multi-head": config.n_head}
     heads |= {f"grouped-query, {n} heads": n for n in (4, 2) if config.n_head % n == 0 and n < config.n_head}
     heads |= {"multi-query": 1}
@@ -41,13 +42,14 @@ def table(config: GPTConfig):
     for attention, n_kv_head in heads.items():
         for mlp, n_expert in experts.items():
             variant = dataclasses.replace(plain, n_kv_head=n_kv_head, n_expert=n_expert)
-            lines.append(compare(variant, f"{attention}, {mlp}"))
-    return "\n".join(lines)
+            rows.append(cost_row(variant, f"{attention}, {mlp}"))
+    return page.Table(COLUMNS, rows, words=COLUMNS[:1])
 
 
 def main(argv):
     """The command; see the module's docstring."""
-    print(table(configurator.parse(TrainConfig, argv).model_config()))
+    cfg = TrainConfig(**configurator.read(TrainConfig, argv, usage=__doc__))
+    print(cost_table(cfg.model_config()).markdown())
 
 
 if __name__ == "__main__":

@@ -46,11 +46,7 @@ def load_bins(data_dir, dataset, say=print):
     paths = {split: folder / f"{split}.bin" for split in SPLITS}
     missing = [str(path) for path in paths.values() if not path.is_file()]
     if missing:
-        raise ValueError(
-            f"no token bins: {' and '.join(missing)} not found. Prepare OpenWebText with `python prepare_owt.py`, then "
-            "repeat this command; or, for a first run in minutes, `python prepare_owt.py --source=stdlib && python "
-            "train.py config/quick.py config/reduced_tied.py`"
-        )
+        raise ValueError(f"no token bins: {' and '.join(missing)} not found; {_how_to_prepare(folder)}")
     manifest = read_manifest(folder)
     if manifest is None:
         manifest = GPT2_MANIFEST
@@ -69,6 +65,21 @@ def load_bins(data_dir, dataset, say=print):
             )
         tokens[split] = np.memmap(path, dtype=dtype, mode="r")
     return TokenBins(**tokens, manifest=manifest, fingerprint=_fingerprint(tokens, manifest))
+
+
+def _how_to_prepare(folder):
+    """What to do where a dataset's folder has no bins."""
+    commands = {
+        "openwebtext": "prepare OpenWebText with `python prepare_owt.py` (24 GB to download), or begin with the small "
+        "embedded corpus: "
+        "`python prepare_owt.py --source=stdlib && python train.py config/quick.py config/reduced_tied.py`",
+        "stdlib": "prepare the embedded corpus with `python prepare_owt.py --source=stdlib` (seconds)",
+    }
+    there = sorted(path.parent.name for path in folder.parent.glob("*/train.bin"))
+    if folder.name in commands:
+        return commands[folder.name]
+    datasets = f"the datasets in {folder.parent} are {', '.join(there)}" if there else f"{folder.parent} has no dataset"
+    return f"{datasets}; own texts: `python prepare_owt.py --source=files --files=… --out_dir={folder}`"
 
 
 def read_manifest(folder):

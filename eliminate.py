@@ -1,14 +1,14 @@
-"""Rewrite a checkpoint without W_Q, W_K or W_V, exactly, where the paper's Section 4 allows it.
+"""Rewrite a checkpoint without W_Q, W_K or W_V: with the same logits where a result of the paper applies.
 
-python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run-reduced/ckpt.pt
-python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run/no_wq.pt --gauge=orthonormal     loses least in bfloat16
-python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run/no_wk.pt --which=k --max_cond=1e5
-python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run/layer3.pt --layer=3              one layer's W_Q alone
-python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run/fitted.pt --approximate          where no theorem helps
+    python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run-reduced/ckpt.pt
+    python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run/no_wq.pt --gauge=orthonormal     most precise in bfloat16
+    python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run/no_wk.pt --which=k --max_cond=1e5
+    python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run/layer3.pt --layer=3              only the W_Q of one layer
+    python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run/fitted.pt --approximate          if no result applies
 
 Computes in float64; prints each layer's condition number and how far the logits of the two models are apart. The new
-file has weights and configuration, no optimizer state, whose averages belong to the old weights. Where it lies in
-another folder than the old one, run.json comes along, so that sample.py finds the tokenizer.
+file contains weights and configuration, but no optimizer state, which belongs to the old weights. If it is written to
+another folder, run.json is copied there, so that sample.py finds the tokenizer.
 """
 
 import copy
@@ -20,9 +20,10 @@ from typing import Literal
 import torch
 
 import configurator
+from configurator import FilePath, require
 from engine import checkpoint, devices, run_files
 from engine.files import read_json, write_json
-from theory import reparametrize, trained_model
+from theory import gauge, reparametrize, trained_model
 
 N_RANDOM = 8  # sequences of random tokens
 
@@ -31,109 +32,111 @@ N_RANDOM = 8  # sequences of random tokens
 class EliminateConfig:
     """Which checkpoint to rewrite, and how."""
 
-    ckpt: str | None = None  # the checkpoint to rewrite, such as out/run/ckpt.pt
-    out: str | None = None  # the file to write, which must not exist
+    ckpt: FilePath | None = None  # the checkpoint to rewrite, such as out/run/ckpt.pt
+    out: FilePath | None = None  # the file to write, which must not exist
     which: Literal["q", "k", "v"] = "q"  # the projection that becomes the identity: W_Q, W_K or W_V
-    layer: int | None = None  # the only layer whose projection goes, from 0; none: all
-    gauge: Literal["kept", "balanced", "orthonormal"] = "kept"  # the form of W_Q, W_K (Proposition 4.2) to begin with
+    layer: int | None = None  # the only layer whose projection is removed, from 0; none: all layers
+    gauge: Literal["kept", "balanced", "orthonormal"] = "kept"  # the initial form of W_Q and W_K (Proposition 4.2)
     max_cond: float = reparametrize.MAX_COND  # the largest condition number of a matrix that is inverted
-    approximate: bool = False  # not exact: W_Q = I and the W_K that fits training text best, to fine-tune from
-    windows: int | None = 32  # validation windows on which models are compared, training windows of a fit; none: all
-    data_dir: str | None = None  # where the text is; none: where the checkpoint says
-    dataset: str | None = None  # the folder in data_dir, for a checkpoint that does not name its data
+    approximate: bool = False  # not exact: W_Q = I and the W_K that fits training text best, for fine-tuning
+    windows: int | None = 32  # validation windows for the comparison, training windows for a fit; none: all
+    data_dir: FilePath | None = None  # where the text is; none: the checkpoint's data_dir
+    dataset: str | None = None  # the folder in data_dir; needed if the checkpoint does not name its dataset
 
     def __post_init__(self):
         for name, meaning in (("ckpt", "the checkpoint to rewrite"), ("out", "the file to write")):
             if getattr(self, name) is None:
                 raise ValueError(f"{name} is not given: name {meaning} with --{name}=…")
-        if self.max_cond < 1:
-            raise ValueError(f"max_cond must be at least 1, the condition number of the identity, not {self.max_cond}")
+        require(self, positive="windows")
+        if not self.max_cond >= 1:
+            raise ValueError(f"max_cond must be at least 1, the condition number of the identity, got {self.max_cond}")
         if self.approximate and (self.which, self.layer, self.gauge) != ("q", None, "kept"):
             raise ValueError(
-                "approximate=True fits W_K to W_Q = I in all layers: leave which, layer and gauge as they are"
+                "approximate=True replaces W_Q in all layers: leave which, layer and gauge at their defaults"
             )
         if self.approximate and self.windows is None:
-            raise ValueError(
-                "windows=none takes all of the training text for approximate=True: set a number, such as 256"
-            )
-        if self.windows is not None and self.windows < 1:
-            raise ValueError(f"windows must be at least 1, not {self.windows}")
+            raise ValueError("windows must be a number with approximate=True, such as 256, got none (all of it)")
 
 
 def eliminate(cfg):
-    """Rewrite cfg.ckpt into cfg.out and print the comparison; what was found, as a dict.
+    """Rewrite cfg.ckpt to cfg.out and print a comparison of the two models; returns what was found as a dict.
 
-    Its entries: result (the theorem), cond ({layer: condition number of Θ}; empty where nothing is inverted),
-    parameters ((before, after)), random and real ({dtype: a row of `compare`}; real is None without validation bins).
-    Raises ValueError, with nothing written, when the files or the model do not allow it.
+    result: the name of the theorem. cond: {layer: condition number of Θ}, empty if nothing is inverted. parameters:
+    (before, after). random, real: {dtype: dict} of `compare_logits` on random and on validation tokens; real is None
+    if the validation bins are not available.
+    Raises ValueError, with nothing written, if the files or the model do not allow it.
     """
     source, target = Path(cfg.ckpt), Path(cfg.out)
     if target.exists():
-        raise ValueError(f"{target} exists already: choose another --out=…, or remove it")
+        raise ValueError(f"{target} already exists: choose another --out=…, or delete it")
     state = checkpoint.load(source)
     elsewhere = target.parent.resolve() != source.parent.resolve()
     if elsewhere and run_files.holds_run(target.parent):
-        raise ValueError(f"{target.parent} holds another run: write to a folder without one, or to {source.parent}")
+        raise ValueError(f"{target.parent} already contains another run: choose another --out=…, or {source.parent}")
     model = checkpoint.build_model(state).eval()
-    print(f"{source}, step {state['step']}: ", end="")
     original = copy.deepcopy(model).double()
-    result, conditions, rewritten = (fit if cfg.approximate else rewrite)(original, state, cfg)
+    print(f"rewriting {source}, step {state['step']}")
+    rewrite = rewrite_approximately if cfg.approximate else rewrite_exactly
+    result, conditions, rewritten = rewrite(original, state, cfg)
     reduced = copy.deepcopy(rewritten).float()
 
     before, after = model.num_params().total, reduced.num_params().total
     print(f"parameters: {before:,} → {after:,} ({after - before:+,})")
     if state["model_config"]["tie_weights"] and not reduced.config.tie_weights:
-        print("embedding and LM head, which were tied, are two matrices now (Remark 2)")
+        print("the embedding and the LM head were tied and are now two matrices (Remark 2)")
     models = {torch.float64: (original, rewritten)} | dict.fromkeys([torch.float32, torch.bfloat16], (model, reduced))
     shape = (N_RANDOM, model.config.block_size)
     random_tokens = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     found = {"result": result, "cond": conditions, "parameters": (before, after)}
-    found["random"] = compare(models, random_tokens, random_tokens)
-    print_comparison("random tokens", found["random"])
+    found["random"] = compare_logits(models, random_tokens, random_tokens)
+    print_comparison(f"{N_RANDOM} sequences of random tokens", found["random"], with_loss=False)
     try:
         x, y = trained_model.recorded_windows(state, "val", cfg.windows, cfg.data_dir, cfg.dataset)
     except ValueError as error:
-        print(f"real tokens: {str(error).partition('. ')[0]}")
+        print(f"not compared on validation text: {error}")
         found["real"] = None
     else:
-        found["real"] = compare(models, x, y)
-        print_comparison(f"{len(x)} validation windows", found["real"])
+        found["real"] = compare_logits(models, x, y)
+        print_comparison(f"{len(x)} validation windows", found["real"], with_loss=True)
 
-    options = {name: getattr(cfg, name) for name in ("ckpt", "which", "layer", "gauge", "max_cond", "approximate")}
-    write(target, source, state, reduced, {**options, **found})
-    print(f"wrote {target}: python sample.py --out_dir={target.parent} --ckpt={target.name}")
-    print(f"to train on: the run's options and {' '.join(changed_options(state, reduced))} --init_from={target}")
+    asked = {name: getattr(cfg, name) for name in ("ckpt", "which", "layer", "gauge", "max_cond", "approximate")}
+    write(target, source, state, reduced, {**asked, **found})
+    print(f"wrote {target}")
+    print(f"to generate text: python sample.py --out_dir={target.parent} --ckpt={target.name}")
+    options = [*changed_options(model.config, reduced.config), f"--init_from={target}"]
+    print(f"to train it further, add to the options of the run: {' '.join(options)}")
     return found
 
 
-def rewrite(original, state, cfg):
-    """The result that covers a GPT, {layer: condition number of Θ} and the GPT rewritten by it, as cfg says."""
+def rewrite_exactly(original, state, cfg):
+    """Rewrite a GPT with the same logits, as cfg says: (the result's name, {layer: condition number of Θ}, new GPT)."""
     result = reparametrize.covering_result(original, cfg.which, cfg.layer)
     inverts = result in reparametrize.BY_CHANGE_OF_BASIS
-    start = original if cfg.gauge == "kept" else reparametrize.change_gauge(original, cfg.gauge)
+    start = original if cfg.gauge == "kept" else gauge.change_gauge(original, cfg.gauge)
     conditions = reparametrize.condition_numbers(start, cfg.which, cfg.layer) if inverts else {}
     matrix = f"W_{cfg.which.upper()}"
-    print(f"{matrix} = I by {result}{'' if inverts else ', which inverts nothing'}")
+    print(f"{matrix} = I by {result}{'' if inverts else ', which inverts no matrix'}")
     for layer, condition in conditions.items():
-        print(f"layer {layer}: condition number of {matrix} {condition:.4g}")
+        print(f"layer {layer}: {matrix} has condition number {condition:.4g}")
     return result, conditions, reparametrize.eliminate(start, cfg.which, cfg.layer, cfg.max_cond)
 
 
-def fit(original, state, cfg):
-    """As `rewrite`, by no theorem: W_Q = I and W_K fitted on the training text of the checkpoint `state`."""
+def rewrite_approximately(original, state, cfg):
+    """As `rewrite_exactly`, but approximately: W_Q = I, and W_K fitted on the checkpoint's training text."""
     x, _ = trained_model.recorded_windows(state, "train", cfg.windows, cfg.data_dir, cfg.dataset)
-    print(f"W_Q = I and a W_K fitted on {len(x)} training windows; not exact, to fine-tune from")
+    print(f"W_Q = I and a W_K fitted on {len(x)} training windows: not exact, for fine-tuning")
     fitted = trained_model.fit_keys(copy.deepcopy(original).float(), x)
     return "a fitted W_K", {}, trained_model.without_queries(fitted).double()
 
 
 @torch.no_grad()
-def compare(models, x, y):
-    """How far the logits of two models are apart on x, (n, T) int64, and their losses on the targets y.
+def compare_logits(models, x, y):
+    """How far the logits of two models are apart on x, (n, T) int64, and their losses on the targets y, (n, T).
 
     models: {dtype: (original, rewritten)}; those of bfloat16 compute under autocast, as train.py and sample.py do.
-    Returns {dtype: dict}: difference, the largest of any logit; relative, that divided by the largest logit; rounding,
-    relative too, how far the original is from itself in float64; loss_before and loss_after, in nats a target.
+    Returns {dtype: dict}. difference: the largest over all logits. relative: that divided by the largest logit.
+    rounding, also relative: how far the original's logits in this dtype are from those in float64. loss_before and
+    loss_after: in nats per target.
     """
     rows = {dtype: dict.fromkeys(("difference", "largest", "rounding", "before", "after"), 0.0) for dtype in models}
     vocab_size = models[torch.float64][0].config.vocab_size
@@ -162,27 +165,27 @@ def compare(models, x, y):
     }
 
 
-def print_comparison(title, rows):
-    """Print the result of `compare` as a table; the losses only where the tokens are real."""
-    print(f"largest logit difference, {title}:")
+def print_comparison(tokens, rows, with_loss):
+    """Print the result of `compare_logits` on the tokens that `tokens` names, one line per dtype."""
+    print(f"largest difference between the logits on {tokens} (relative: divided by the largest logit):")
     for dtype, row in rows.items():
         line = f"  {dtype:<8}  {row['difference']:.2e}, relative {row['relative']:.2e}"
         if dtype != "float64":
-            line += f" (the original's own rounding: {row['rounding']:.2e})"
-        if not title.startswith("random"):
+            line += f" (rounding in the original: {row['rounding']:.2e})"
+        if with_loss:
             change = row["loss_after"] - row["loss_before"]
             line += f"; loss {row['loss_before']:.6f} → {row['loss_after']:.6f} ({change:+.1e})"
         print(line)
 
 
-def changed_options(state, model):
-    """The options of train.py that differ from those of the checkpoint."""
-    old, new = state["model_config"], dataclasses.asdict(model.config)
-    return [f"--{name}={value}" for name, value in new.items() if value != old.get(name, value)]
+def changed_options(old, new):
+    """The options of train.py, as texts, that turn the GPTConfig old into new."""
+    before, after = dataclasses.asdict(old), dataclasses.asdict(new)
+    return [f"--{name}={value}" for name, value in after.items() if value != before[name]]
 
 
 def write(target, source, state, model, eliminated):
-    """Write the checkpoint of model to target and, in a folder without one, the run.json of source."""
+    """Write model as a checkpoint to target, and a copy of source's run.json if target's folder has none."""
     model_config = dataclasses.asdict(model.config)
     kept = {name: state[name] for name in ("step", "best_val_loss", "data_fingerprint") if name in state}
     if "config" in state:
@@ -190,14 +193,15 @@ def write(target, source, state, model, eliminated):
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot make the folder {target.parent}: {error.strerror}; choose another --out") from error
+        raise ValueError(
+            f"cannot make the folder {target.parent} ({error.strerror}): choose another --out=…"
+        ) from error
     checkpoint.save(target, model=model.state_dict(), model_config=model_config, eliminated=eliminated, **kept)
-    run = read_json(source.parent / "run.json")
+    run, run_file = read_json(source.parent / run_files.FACTS), target.parent / run_files.FACTS
     if run is None:
-        print(f"{source.parent} has no run.json, which names the tokenizer: sample.py will ask for it")
-    elif not (target.parent / "run.json").exists():
-        parameters = model.num_params()._asdict()
-        write_json(target.parent / "run.json", {**run, "parameters": parameters, "eliminated": eliminated})
+        print(f"{source.parent} has no run.json, which names the tokenizer: sample.py needs one beside the checkpoint")
+    elif not run_file.exists():
+        write_json(run_file, {**run, "parameters": model.num_params()._asdict(), "eliminated": eliminated})
 
 
 def main(argv):

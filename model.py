@@ -31,6 +31,7 @@ NORMS = {
 class GPTConfig:
     """The shape of a model. Raises ValueError, naming the fields, for a combination that cannot be built."""
 
+    # model
     block_size: int = 1024  # context length T, in tokens
     vocab_size: int = 50304  # rows of the embedding; GPT-2's 50,257 padded to a multiple of 64
     n_layer: int = 12  # blocks

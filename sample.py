@@ -13,8 +13,9 @@ from typing import Literal
 import torch
 
 import configurator
+from configurator import FilePath, require
 from corpus import tokenizers
-from engine import checkpoint, decode, devices
+from engine import checkpoint, decode, devices, run_files
 from engine.attention import prefer_attention
 from engine.files import read_json
 
@@ -23,8 +24,8 @@ from engine.files import read_json
 class SampleConfig:
     """What to generate, and from which run."""
 
-    out_dir: str | None = None  # the run folder; none: the one in out/ whose checkpoint is newest
-    ckpt: str = "ckpt.pt"  # the checkpoint in it: ckpt.pt, best.pt or one of save_steps
+    out_dir: FilePath | None = None  # the run folder; none: the one in out/ whose checkpoint is newest
+    ckpt: str = run_files.CHECKPOINT  # the checkpoint in it: ckpt.pt, best.pt or one of save_steps
     start: str = "\n"  # the prompt; FILE:path reads it from a file
     num_samples: int = 3  # continuations of the prompt
     max_new_tokens: int = 500  # tokens in each
@@ -37,13 +38,9 @@ class SampleConfig:
     compile: bool = False  # torch.compile: up to a minute to begin with, faster tokens after it
 
     def __post_init__(self):
-        for name in ("num_samples", "max_new_tokens", "top_k"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must not be negative, not {self.temperature}")
+        require(self, positive="num_samples max_new_tokens top_k", not_negative="temperature seed")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
 
 def newest_run(ckpt):
@@ -73,7 +70,7 @@ def sample(cfg):
 
     folder = Path(cfg.out_dir) if cfg.out_dir else newest_run(cfg.ckpt)
     state = checkpoint.load(folder / cfg.ckpt)
-    run = read_json(folder / "run.json")
+    run = read_json(folder / run_files.FACTS)
     if run is None:
         raise ValueError(f"{folder} has no run.json, which names the tokenizer: is it a run folder?")
     if not state["model_config"].get("causal", True):

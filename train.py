@@ -179,9 +179,11 @@ class Trainer:
 
     def own_checkpoint(self):
         """The latest checkpoint of the run folder, if cfg goes on with it. Raises ValueError for a run in the way."""
-        cfg, path = self.cfg, self.folder / "ckpt.pt"
+        cfg, path = self.cfg, self.folder / run_files.CHECKPOINT
         if run_files.holds_run(self.folder) and not (cfg.resume or cfg.eval_only):
-            raise ValueError(f"{self.folder} holds a run: go on with --resume, or start another with --out_dir=…")
+            raise ValueError(
+                f"{self.folder} already contains a run: continue it with --resume, or choose another --out_dir"
+            )
         if cfg.resume and not path.exists():
             self.world.say(f"{self.folder} has no checkpoint yet: the run begins at step 0")
         elif cfg.resume or (cfg.eval_only and cfg.init_from == "scratch"):
@@ -222,7 +224,7 @@ class Trainer:
         if self.world.rank:
             return
         checkpoint.save(
-            self.folder / "ckpt.pt",
+            self.folder / run_files.CHECKPOINT,
             model=weights,
             model_config=dataclasses.asdict(self.model.config),
             optimizer=optimizer,
@@ -236,7 +238,7 @@ class Trainer:
             wall_seconds=time.perf_counter() - self.started,
         )
         if link:
-            checkpoint.link(self.folder / "ckpt.pt", link)
+            checkpoint.link(self.folder / run_files.CHECKPOINT, link)
 
     def start_clock(self):
         """Time the steps from here to the next check."""
@@ -264,9 +266,9 @@ class Trainer:
                 "offsets": self.offsets(step).tolist(),
             }
             if self.world.rank == 0:
-                write_json(self.folder / "nonfinite.json", dump)
+                write_json(self.folder / run_files.NONFINITE, dump)
             raise FloatingPointError(
-                f"step {step + 1}: loss {loss}, gradient norm {norm} (its batch: {self.folder / 'nonfinite.json'}); "
+                f"step {step + 1}: loss {loss}, gradient norm {norm} (its batch: {self.folder / run_files.NONFINITE}); "
                 "the checkpoint before it is intact: resume from it with a smaller learning_rate"
             )
         return {
@@ -289,7 +291,7 @@ def train(cfg):
             result = mean_and_error(run.within_memory(run.evaluate, run.all_windows))
         run.world.say(runlog.summary_text(result))
         return result
-    finished = read_json(run.folder / "summary.json")
+    finished = read_json(run.folder / run_files.SUMMARY)
     if finished and run.step == cfg.max_iters:
         run.world.say(f"{run.folder} is finished: it has its {run.step} steps")
         return finished
@@ -311,7 +313,7 @@ def train(cfg):
                 log.diagnostics(run.step, **run.diagnose())
             is_best = record["val_loss"] < run.best_val_loss
             run.best_val_loss = min(run.best_val_loss, record["val_loss"])
-            run.save(link="best.pt" if is_best else None)
+            run.save(link=run_files.BEST if is_best else None)
             return losses
 
         if run.step % cfg.eval_interval == 0 and run.step < cfg.max_iters:
@@ -349,7 +351,7 @@ def main(argv):
     out_dir = values.get("out_dir", TrainConfig.out_dir)
     if values.get("resume") or values.get("eval_only"):
         # What the run was started with need not be repeated.
-        stored = read_json(Path(out_dir) / "config.json")
+        stored = read_json(Path(out_dir) / run_files.CONFIG)
         values = configurator.read(TrainConfig, argv, base=stored)
     result = train(TrainConfig(**{**values, "out_dir": out_dir}))
     distributed.shutdown()

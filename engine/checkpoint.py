@@ -103,7 +103,7 @@ def check_same_run(state, config, path):
     differences = differing(state["config"], {name: config[name] for name in fixed})
     if differences:
         raise ValueError(
-            f"{path} is of another run: {'; '.join(differences)}. Repeat its options, or start another with --out_dir=…"
+            f"{path} belongs to another run: {'; '.join(differences)}. Repeat its options, or choose another --out_dir"
         )
     if state["step"] > config["max_iters"]:
         raise ValueError(f"{path} has {state['step']} steps already, more than max_iters={config['max_iters']}")

@@ -1,10 +1,11 @@
-"""Generate text: the prompt once, then a token at a time with the keys and values of those before it kept (KV cache).
+"""Generate text: prefill the prompt, then decode a token at a time with a cache of keys and values (KV cache).
 
-What comes out is what the model would give without a cache. Beyond the block size that needs the whole window again
-for each token, because every position in it has moved.
+The result is that of the model without a cache. Beyond the block size each token needs the whole window again, because
+every position in it has moved.
 """
 
 import itertools
+import math
 from typing import NamedTuple
 
 import torch
@@ -12,11 +13,12 @@ from torch import nn
 
 
 def lay_out(model, n_decoded=None, dtype=torch.float32):
-    """Store the weights of a model on a CPU in the order that suits n_decoded sequences at once with products in dtype.
+    """Store the weights of a model on a CPU in the order that suits decoding n_decoded sequences at once in dtype.
 
-    n_decoded: None: to train, the order of a new model. One sequence in float32 makes products of one row, for which
-    weights that lie column by column take down to 0.6 times as long where a layer is wider at its output; two rows take
-    twice as long so. The numbers stay; but an optimizer that has taken steps must go on in the order in which it did.
+    n_decoded: None for training, the order of a new model. One sequence in float32 makes products of one row, which
+    take as little as 0.6 times as long with weights stored column by column where a layer is wider at its output; two
+    rows take twice as long that way. The values stay the same, but an optimizer that has taken steps must go on with
+    the order in which it took them.
     """
     by_column = n_decoded == 1 and dtype == torch.float32
     for layer in model.modules():
@@ -29,7 +31,7 @@ class KVCache:
     """The keys and values of each layer for the tokens seen so far, in tensors that are allocated once.
 
     batch_size: sequences. max_tokens: the most that they will hold, at most the model's block_size. few_shapes:
-    attention after the prompt looks at a multiple of 128 places and masks the rest, so that few CUDA graphs do for all.
+    attention after the prompt looks at a multiple of 128 places and masks the rest, so that few CUDA graphs suffice.
     Call `advance` before each forward pass.
     """
 
@@ -37,7 +39,7 @@ class KVCache:
 
     def __init__(self, model, batch_size, max_tokens, few_shapes=False):
         config, weight = model.config, model.lm_head.weight
-        # One place more than attention ever looks at, lest torch.compile takes the sight of all for another case.
+        # One place more than attention ever looks at: were all in view, torch.compile would compile that case apart.
         shape = (batch_size, config.kv_heads, max_tokens + 1, config.d_k)
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -54,7 +56,7 @@ class KVCache:
         self.positions = torch.arange(n_before, n_before + n_new, device=device)
         self.n_tokens = self.n_places = n_before + n_new
         if n_before and self.few_shapes:
-            self.n_places = min(-(-self.n_tokens // self.STRIDE) * self.STRIDE, self.max_tokens)
+            self.n_places = min(math.ceil(self.n_tokens / self.STRIDE) * self.STRIDE, self.max_tokens)
         # Attention without a mask has faster kernels: the first tokens are plainly causal, and a last one sees all.
         if n_before == 0:
             self.visible = dict(is_causal=True)

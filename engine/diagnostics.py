@@ -17,9 +17,7 @@ def of_attention(attn, x):
     """
     q, k, _ = (t.float() for t in attn.project(x))  # (B, heads, T, d_k)
     group = q.size(1) // k.size(1)
-    with torch.autocast(
-        x.device.type, enabled=False
-    ):  # the model may run in bfloat16, whose rounding is no matter here
+    with torch.autocast(x.device.type, enabled=False):  # float32, in whatever precision the model runs
         logits = q @ k.repeat_interleave(group, dim=1).mT * attn.scale  # (B, n_head, T, T)
     seen = torch.ones_like(logits[0, 0], dtype=torch.bool)
     if attn.is_causal:
@@ -50,7 +48,7 @@ def of_weights(attn, gradients):
 def measure(model, x, y, autocast):
     """`of_attention` and `of_weights` of each layer of a GPT on inputs x and targets y, (n, T) int64: {name: [floats]}.
 
-    Lists have an entry a layer, in the order in which layers run. Gradients are those of the loss on x and y. The
+    Lists have an entry per layer, in the order in which layers run. Gradients are those of the loss on x and y. The
     model's mode, its own gradients and the random state stay as they are.
     """
     rows = []

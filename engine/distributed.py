@@ -69,8 +69,9 @@ def start():
 
 
 def shutdown():
-    """Leave the process group, at the end of the program."""
+    """Leave the process group, at the end of the program, once all processes are there."""
     if dist.is_initialized():
+        dist.barrier()  # one that leaves while another still talks to it would abort
         dist.destroy_process_group()
 
 

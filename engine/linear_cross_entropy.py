@@ -17,11 +17,11 @@ def linear_cross_entropy(x, weight, targets, reduction="mean"):
     Returns the mean over the targets that count; with reduction='none', which has no gradient, each loss, (N,) float32.
     Products are in autocast's precision where it is on; the gradient of the weight is summed in float32.
     """
-    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
-    if wanted:
+    if needs_gradient:
         assert reduction == "mean", f"reduction={reduction!r} has no gradient"
         return _MeanLoss.apply(x, weight, targets)
     losses, _, _ = losses_and_gradients(x, weight, targets, gradients=False)

@@ -6,7 +6,13 @@ from pathlib import Path
 
 from train_config import NO_PART_OF_RESULT
 
-RUN_FILES = ("config.json", "run.json", "metrics.jsonl", "ckpt.pt", "summary.json")
+CONFIG = "config.json"  # the resolved configuration
+FACTS = "run.json"  # what else a run is: parameters, data, commit, versions, device, segments
+METRICS = "metrics.jsonl"  # one JSON object per line
+CHECKPOINT, BEST = "ckpt.pt", "best.pt"  # the latest, and that with the best validation loss
+SUMMARY = "summary.json"  # marks a run as finished
+NONFINITE = "nonfinite.json"  # the step at which a run diverged
+RUN_FILES = (CONFIG, FACTS, METRICS, CHECKPOINT, SUMMARY)
 TAIL_BYTES = 1 << 16  # of metrics.jsonl, in which the last record surely is
 
 
@@ -17,7 +23,7 @@ def holds_run(folder):
 
 def read_metrics(folder):
     """The records of a run folder's metrics.jsonl, in order; a last line that a kill cut short is left out."""
-    path = Path(folder) / "metrics.jsonl"
+    path = Path(folder) / METRICS
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -40,12 +46,12 @@ def digest(config):
 
 def is_finished(run):
     """Whether a run folder has its summary."""
-    return (Path(run) / "summary.json").exists()
+    return (Path(run) / SUMMARY).exists()
 
 
 def has_diverged(run):
     """Whether a run folder's loss or gradient was not finite, which the same settings would only repeat."""
-    return (Path(run) / "nonfinite.json").exists() and not is_finished(run)
+    return (Path(run) / NONFINITE).exists() and not is_finished(run)
 
 
 def has_ended(run):
@@ -55,7 +61,7 @@ def has_ended(run):
 
 def last_step(run):
     """The step of a run folder's last record, 0 where there is none; reads the end of the file only."""
-    path = Path(run) / "metrics.jsonl"
+    path = Path(run) / METRICS
     if not path.exists():
         return 0
     with open(path, "rb") as file:

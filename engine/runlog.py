@@ -1,6 +1,6 @@
 """What a run writes beside its checkpoints: metrics, progress, the summary, and their mirror in Weights & Biases.
 
-The files of the run folder are the truth. `metrics.jsonl` has one JSON object a line, `{"step": …, "kind":
+The local files are authoritative, W&B is a mirror. `metrics.jsonl` has one JSON object per line, `{"step": …, "kind":
 "train", "eval" or "diagnostics", …}`; step counts optimizer steps, so a train record of step n is about the n-th step
 and the others are about the weights after it.
 """
@@ -14,12 +14,14 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 
 import configurator
 from engine import devices, run_files
 from engine.files import read_json, write_json
+from model import GPTConfig
 
 
 class RunLog:
@@ -40,17 +42,17 @@ class RunLog:
             raise ValueError(
                 f"cannot make the run folder {folder}: {error.strerror}; choose another out_dir"
             ) from error
-        run = read_json(self.folder / "run.json") or {"segments": []}
+        run = read_json(self.folder / run_files.FACTS) or {"segments": []}
         was, dtype = run.get("dtype"), facts.get("dtype")
         if was not in (None, dtype):  # dtype=auto, on another machine or with another version
             print(f"warning: the run was in {was} and goes on in {dtype}; --dtype={was} keeps it as it was")
         run |= {"git_commit": git_commit(), "versions": versions(), **facts}
         run["segments"].append({"start": now(), "step": start_step, "dtype": dtype})
         self._wandb = _start_wandb(self.folder, config, run) if config["wandb_log"] else None
-        for name in ("summary.json", "nonfinite.json"):  # a run that goes on is not finished, nor has it diverged
+        for name in (run_files.SUMMARY, run_files.NONFINITE):  # a run that goes on is not finished, nor has it diverged
             (self.folder / name).unlink(missing_ok=True)
-        write_json(self.folder / "config.json", config)
-        write_json(self.folder / "run.json", run)
+        write_json(self.folder / run_files.CONFIG, config)
+        write_json(self.folder / run_files.FACTS, run)
         self._metrics = self._open_metrics(start_step)
         self._max_steps, self._tokens_per_step = config["max_iters"], config["tokens_per_step"]
         self._bar = tqdm(
@@ -64,14 +66,14 @@ class RunLog:
             for record in run_files.read_metrics(self.folder)
             if record["step"] < start_step or (record["step"] == start_step and record["kind"] == "train")
         ]
-        path = self.folder / "metrics.jsonl"
+        path = self.folder / run_files.METRICS
         temporary = self.folder / "metrics.jsonl.tmp"
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         os.replace(temporary, path)
         return open(path, "a", encoding="utf-8")
 
     def train(self, step, **values):
-        """Record one optimizer step: loss (nats a token), learning_rate, grad_norm, tokens_per_second."""
+        """Record one optimizer step: loss (nats per token), learning_rate, grad_norm, tokens_per_second."""
         self._record(step, "train", values)
         left = (self._max_steps - step) * self._tokens_per_step / values["tokens_per_second"]
         self._bar.set_postfix_str(
@@ -87,13 +89,13 @@ class RunLog:
             )
 
     def eval(self, step, **values):
-        """Record one evaluation: val_loss (nats a token), val_loss_se (its standard error), windows."""
+        """Record one evaluation: val_loss (nats per token), val_loss_se (its standard error), windows."""
         self._record(step, "eval", values)
         error = "" if values["val_loss_se"] is None else f" ± {values['val_loss_se']:.4f}"
         self.say(f"step {step}/{self._max_steps} | validation loss {values['val_loss']:.4f}{error}")
 
     def diagnostics(self, step, **values):
-        """Record what `diagnostics.measure` says of the weights after step: lists with a number a layer."""
+        """Record what `diagnostics.measure` says of the weights after step: lists with a number per layer."""
         self._record(step, "diagnostics", values)
 
     def say(self, line):
@@ -105,7 +107,7 @@ class RunLog:
 
     def finish(self, values):
         """Write summary.json, which marks the run as finished, and print it as `key: value` lines; returns values."""
-        write_json(self.folder / "summary.json", values)
+        write_json(self.folder / run_files.SUMMARY, values)
         self._bar.close()
         print(summary_text(values))
         if self._wandb:
@@ -164,25 +166,29 @@ def facts(run):
 
 def header(run):
     """The lines that a run (a train.Trainer) begins with: what is trained, on what, and how."""
-    cfg, parameters = run.cfg, run.model.num_params()
-    train, val = (f"{len(tokens):,}" for tokens in (run.bins.train, run.bins.val))
-    queries = "W_Q = I" if cfg.wq_identity else "with W_Q"
-    scale = f"attention scale {cfg.attn_scale:g}/√{cfg.n_embd // cfg.n_head}"
+    cfg, compute, parameters = run.cfg, run.compute, run.model.num_params()
+    shown = ("block_size", "n_layer", "n_head", "n_embd", "wq_identity", "attn_scale", "tie_weights")  # in other rows
+    own, others = cfg.model_config(), [field for field in fields(GPTConfig) if field.name not in shown]
+    options = [f"{f.name}={getattr(own, f.name)}" for f in others if getattr(own, f.name) != f.default]
     schedule = f"learning rate {cfg.learning_rate:g}"
     if cfg.decay_lr:
         last = cfg.learning_rate_at(cfg.max_iters)
-        schedule += f", {cfg.warmup_iters} warm-up steps, a cosine that is at {last:.2g} when the run ends"
+        schedule += f", {cfg.warmup_iters} warm-up steps, cosine decay to {last:.2g} at the last step"
+    processes = f" in each of {run.world.size} processes" if run.world.size > 1 else ""
+    compiled = ", compiled" if compute.compile else ""
     rows = {
         "run": f"{run.folder}, step {run.step} of {cfg.max_iters}",
-        "model": f"{cfg.n_layer} layers, {cfg.n_head} heads, n_embd {cfg.n_embd}, {queries}, {scale}, "
+        "model": f"{cfg.n_layer} layers, {cfg.n_head} heads, n_embd {cfg.n_embd}, "
+        f"{'W_Q = I' if cfg.wq_identity else 'with W_Q'}, attention scale {cfg.attn_scale:g}/√{cfg.d_k}, "
         f"{'tied' if cfg.tie_weights else 'untied'} embeddings",
-        "parameters": f"{parameters.total:,}, of these {parameters.attn_mlp:,} in attention and MLP",
+        "options": ", ".join(options) or "the other model options have their defaults",
+        "parameters": f"{parameters.total:,} ({parameters.attn_mlp:,} in attention + MLP)",
         "data": f"{cfg.data_dir}/{cfg.dataset} ({run.bins.manifest['tokenizer']}, fingerprint {run.bins.fingerprint}): "
-        f"{train} training tokens, {val} validation tokens",
+        f"{len(run.bins.train):,} training tokens, {len(run.bins.val):,} validation tokens",
         "step": f"{cfg.tokens_per_step:,} tokens: {run.n_own // run.batch_size} × {run.batch_size} sequences of "
-        f"{cfg.block_size}" + f" in each of {run.world.size} processes" * (run.world.size > 1),
+        f"{cfg.block_size}{processes}",
         "schedule": f"{schedule}; weight decay {cfg.weight_decay:g}",
-        "device": f"{facts(run)['device']}, {facts(run)['dtype']}{', compiled' if run.compute.compile else ''}",
+        "device": f"{devices.describe_device(run.device)}, {devices.dtype_name(compute.dtype)}{compiled}",
     }
     return "\n".join(f"{name:<10}  {row}" for name, row in rows.items())
 
@@ -242,7 +248,7 @@ def now():
 
 
 def _flat(kind, values):
-    """'kind/name' -> number for W&B; a list with a number a layer becomes 'kind/name/0', 'kind/name/1', …"""
+    """'kind/name' -> number for W&B; a list with a number per layer becomes 'kind/name/0', 'kind/name/1', …"""
     flat = {}
     for name, value in values.items():
         numbers = {f"{name}/{i}": item for i, item in enumerate(value)} if isinstance(value, list) else {name: value}

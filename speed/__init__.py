@@ -1,1 +1,1 @@
-"""How speed is measured and planned."""
+"""How speed is measured and planned; see README.md beside this file."""

@@ -1,10 +1,10 @@
-"""What preparing data costs: the usual way, `datasets.map` and then writing, against prepare_owt.py, on the same text.
+"""Measure the preparation of data: prepare_owt.py beside `datasets.map`, on the same text.
 
 python -m speed.bench_prepare             both on 500 MB of text: tokens/s, peak memory, peak disk
-python -m speed.bench_prepare --gather    2 GB of tokens put into the order of the split, against plain copying
+python -m speed.bench_prepare --gather    2 GB of tokens gathered into the order of the split, beside copying the file
 
-The text is made here: Python's standard library, again and again, each time with other letters strewn in, so that no
-document and few words repeat. Prints Markdown tables.
+The text is synthetic: excerpts of Python's standard library with random letters inserted, so that no document and few
+words repeat. Prints Markdown tables.
 """
 
 import os
@@ -17,45 +17,53 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 import configurator
+from configurator import FilePath
 from corpus import gathering, sources, token_file, tokenizers
 from engine.files import sha256_of
+from studies import page
 
-MEAN_DOCUMENT = 1128  # tokens of a document of OpenWebText
+MEAN_TOKENS = 1128  # per document of OpenWebText
 RANDOM_READS = 20_000
-THIS = ("-m", "speed.bench_prepare")
+COMMAND = ("-m", "speed.bench_prepare")
+DATASETS_MAP = "`datasets.map`, 2 processes, then writing"
 
 
 @dataclass
-class BenchConfig:
+class BenchPrepareConfig:
     """What to measure."""
 
     megabytes: int = 500  # of text
-    repeats: int = 3  # of each way; the tables have the medians
-    out_dir: str = "out/bench_prepare"  # for the text and what becomes of it; deleted at the end
-    gather: bool = False  # measure only the second pass, on synthetic tokens
-    gather_gigabytes: float = 2.0  # of tokens
-    way: Literal["all", "usual", "gather"] = "all"  # a process of its own for one way; all starts them
+    repeats: int = 3  # runs of each method; the tables have the medians
+    out_dir: FilePath = "out/bench_prepare"  # a new folder for the text and what is made of it; deleted at the end
+    gather: bool = False  # measure only how tokens are gathered into the order of the split
+    gather_gigabytes: float = 2.0  # of tokens, with --gather
+    in_process: bool = False  # used internally: run datasets.map, or with --gather the gathering, in this process
+
+    def __post_init__(self):
+        configurator.require(self, positive="megabytes repeats gather_gigabytes")
+        ignored, other = ("megabytes", "without") if self.gather else ("gather_gigabytes", "with")
+        if getattr(self, ignored) != getattr(BenchPrepareConfig, ignored):
+            raise ValueError(f"--{ignored} has an effect only {other} --gather: leave --{ignored} out")
 
 
 def write_text(folder, megabytes, n_files=4):
-    """Parquet files with `megabytes` MB of text in all, 1,000 documents a row group; the glob that matches them."""
+    """Write Parquet files of `megabytes` MB of text in total, 1,000 documents per row group; returns their glob."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     folder.mkdir(parents=True)
-    programs = [Path(file.path).read_text(encoding="utf-8", errors="replace") for file in sources.stdlib_files()]
+    modules = [Path(file.path).read_text(encoding="utf-8", errors="replace") for file in sources.stdlib_files()]
     rng = random.Random(0)
     for number in range(n_files):
         texts, size = [], 0
         while size < megabytes * 1e6 / n_files:
-            source = rng.choice(programs)
+            source = rng.choice(modules)
             begin = rng.randrange(max(1, len(source) - 2000))
-            source = source[begin : begin + int(rng.lognormvariate(8, 1))]  # documents of 5 kB, as OpenWebText's
+            source = source[begin : begin + int(rng.lognormvariate(8, 1))]  # a mean of 5 kB, as in OpenWebText
             cuts = sorted(rng.choices(range(len(source) + 1), k=len(source) // 500))
             pieces = [source[a:b] for a, b in zip([0, *cuts], [*cuts, len(source)], strict=True)]
             text = pieces[0] + "".join("".join(rng.choices("etaoinshrdlu", k=3)) + piece for piece in pieces[1:])
@@ -65,8 +73,11 @@ def write_text(folder, megabytes, n_files=4):
     return str(folder / "*.parquet")
 
 
-def usual_way(pattern, folder):
-    """The bins by `datasets.map` over two processes, whose cached rows are then written one piece after the other."""
+def datasets_map(pattern, folder):
+    """Write the bins that prepare_owt.py would write: `datasets.map` with two processes, then its rows shard by shard.
+
+    Prints the seconds from the split on, when the libraries and the text are loaded.
+    """
     import datasets
 
     encoding = tokenizers.get_tokenizer("gpt2")
@@ -82,12 +93,11 @@ def usual_way(pattern, folder):
     folder.mkdir(parents=True)
     for name, part in (("train", parts["train"]), ("val", parts["test"])):
         encoded = part.map(encode, remove_columns=["text"], num_proc=2)
-        tokens_in_all = sum(encoded["n"][:])
-        out = np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="w+", shape=(tokens_in_all,))
-        end, pieces = 0, min(1024, len(encoded))
-        for piece in range(pieces):
-            ids = encoded.shard(pieces, piece, contiguous=True).with_format("numpy")["ids"][:]
-            ids = np.concatenate(list(ids))
+        out = np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="w+", shape=(sum(encoded["n"][:]),))
+        end, n_shards = 0, min(1024, len(encoded))
+        for index in range(n_shards):
+            shard = encoded.shard(n_shards, index, contiguous=True).with_format("numpy")
+            ids = np.concatenate(list(shard["ids"][:]))
             out[end : end + len(ids)] = ids
             end += len(ids)
         out.flush()
@@ -95,16 +105,16 @@ def usual_way(pattern, folder):
 
 
 def process_tree(pid):
-    """pid and its descendants."""
+    """The process ids of a process and its descendants."""
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
         return []
-    return [pid, *(inner for child in children for inner in process_tree(int(child)))]
+    return [pid, *(descendant for child in children for descendant in process_tree(int(child)))]
 
 
 def memory_bytes(pids):
-    """The memory of processes; what they share counts once."""
+    """The memory of processes (PSS without mapped files): memory that they share counts once."""
     total = 0
     for pid in pids:
         try:
@@ -116,7 +126,7 @@ def memory_bytes(pids):
 
 
 def disk_bytes(folder):
-    """The space that the files in a folder take."""
+    """The disk space that the files in a folder occupy."""
     total = 0
     for path in Path(folder).rglob("*"):
         try:
@@ -126,8 +136,8 @@ def disk_bytes(folder):
     return total
 
 
-def measure(command, folder, environment):
-    """Run a command that works in `folder`: seconds, peak memory and disk in bytes, and what it printed."""
+def run_and_watch(command, folder, environment):
+    """Run a command that writes to `folder`: its seconds, peak memory and disk in bytes, and its standard output."""
     peaks, ended = {"memory": 0, "disk": 0}, threading.Event()
     began = time.perf_counter()
     with subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True) as process:
@@ -144,93 +154,102 @@ def measure(command, folder, environment):
         ended.set()
         watcher.join()
     if process.returncode:
-        raise ValueError(f"{' '.join(map(str, command))} ended with status {process.returncode}")
+        raise ValueError(
+            f"`{' '.join(map(str, command))}` ended with status {process.returncode}: its own message, above, says why"
+        )
     return {"seconds": seconds, **peaks, "output": output}
 
 
-def compare(cfg):
-    """Measure both ways in turn, check that their bins are equal, and print the table."""
+def measure_preparation(cfg):
+    """Run both methods in turn, check that their bins are equal, and print the table and the ratios."""
     folder = Path(cfg.out_dir)
+    work = folder / "work"
     pattern = write_text(folder / "text", cfg.megabytes)
     source_bytes = disk_bytes(folder / "text")
     text_bytes = sum(
         sources.text_bytes(sources.text_file(str(path), path.name), "text") for path in folder.glob("text/*")
     )
-    results, sums = {"usual": [], "prepare_owt.py": []}, set()
+    commands = {
+        DATASETS_MAP: [*COMMAND, "--in_process", f"--out_dir={folder}"],
+        "prepare_owt.py": [
+            configurator.ROOT / "prepare_owt.py",
+            "--source=files",
+            f"--files={pattern}",
+            f"--out_dir={work / 'bins'}",
+        ],
+    }
+    environment = {
+        "HF_HOME": str(work / "cache"),
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    results, sums = {method: [] for method in commands}, set()
     for _ in range(cfg.repeats):
-        for way in results:
-            work = folder / "work"
-            if way == "usual":
-                options = [*THIS, "--way=usual", f"--out_dir={folder}"]
-            else:
-                options = [
-                    configurator.ROOT / "prepare_owt.py",
-                    "--source=files",
-                    f"--files={pattern}",
-                    f"--out_dir={work / 'bins'}",
-                ]
-            environment = {
-                "HF_HOME": str(work / "cache"),
-                "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-                "HF_HUB_OFFLINE": "1",
-            }
-            result = measure([sys.executable, *options], work, environment)
+        for method, options in commands.items():
+            result = run_and_watch([sys.executable, *options], work, environment)
             bins = [work / "bins" / f"{name}.bin" for name in ("train", "val")]
-            result["bins"] = sum(path.stat().st_size for path in bins)
             sums.add(tuple(sha256_of(path) for path in bins))
-            result["rate"] = result["bins"] / 2 / result["seconds"]
-            if way == "usual":
-                after = float(result["output"].rpartition("after_loading=")[2])
-                result["rate_after_loading"] = result["bins"] / 2 / after
-            results[way].append(result)
+            result["bins"] = sum(path.stat().st_size for path in bins)
+            result["rate"] = result["bins"] / 2 / result["seconds"]  # a token is two bytes
+            if method == DATASETS_MAP:
+                seconds = float(result["output"].rpartition("after_loading=")[2])
+                result["rate_after_loading"] = result["bins"] / 2 / seconds
+            results[method].append(result)
             shutil.rmtree(work)
-    if len(sums) != 1:
-        raise ValueError("the two ways gave different bins")
+    assert len(sums) == 1, f"the methods wrote different bins: {sums}"
     shutil.rmtree(folder)
 
-    def median(way, what):
-        return statistics.median(result[what] for result in results[way])
+    def median(method, name):
+        return statistics.median(result[name] for result in results[method])
 
-    documents = f"{text_bytes / 1e6:.0f} MB of text in {source_bytes / 1e6:.0f} MB of Parquet"
-    print(
-        f"\n{documents}, {os.cpu_count()} CPU cores, medians of {cfg.repeats} runs; the bins are equal byte for byte.\n"
-    )
-    print("| way | seconds | tokens/s | peak memory, MB | peak disk beyond the source, MB | disk / bins |")
-    print("|---|---:|---:|---:|---:|---:|")
-    for way in results:
-        bins, disk = median(way, "bins"), median(way, "disk")
-        print(
-            f"| {way} | {median(way, 'seconds'):.2f} | {median(way, 'rate'):,.0f} | {median(way, 'memory') / 1e6:.0f} "
-            f"| {disk / 1e6:.0f} | {disk / bins:.2f} |"
-        )
-    ours, usual = median("prepare_owt.py", "rate"), median("usual", "rate")
-    without_loading = median("usual", "rate_after_loading")
-    print(
-        f"\nprepare_owt.py makes {ours / usual:.1f} times the tokens/s; {ours / without_loading:.1f} times if the "
-        "usual way is only timed from the split on, with its libraries loaded and its text in the Arrow cache."
-    )
+    rows = [
+        [
+            method,
+            f"{median(method, 'seconds'):.2f}",
+            f"{median(method, 'rate'):,.0f}",
+            f"{median(method, 'memory') / 1e6:.0f}",
+            f"{median(method, 'disk') / 1e6:.0f}",
+            f"{median(method, 'disk') / median(method, 'bins'):.2f}",
+        ]
+        for method in commands
+    ]
+    head = ["method", "seconds", "tokens/s", "peak memory, MB", "peak disk beyond the source, MB", "disk / bins"]
+    ours = median("prepare_owt.py", "rate")
+    ratios = [ours / median(DATASETS_MAP, name) for name in ("rate", "rate_after_loading")]
+    parts = [
+        page.Paragraph(
+            f"{text_bytes / 1e6:.0f} MB of text in {source_bytes / 1e6:.0f} MB of Parquet, {os.cpu_count()} CPU cores, "
+            f"medians of {cfg.repeats} runs, the methods in turn; their bins are equal byte for byte."
+        ),
+        page.Table(head, rows, words=("method",)),
+        page.Paragraph(
+            f"In tokens/s prepare_owt.py is {ratios[0]:.1f} times as fast, or {ratios[1]:.1f} times if `datasets.map` "
+            "is timed only from the split on, with its libraries loaded and the text in its Arrow cache."
+        ),
+    ]
+    print("\n" + page.markdown(parts), end="")
 
 
-def forget(path):
-    """Have the system drop a file from its cache."""
+def drop_from_cache(path):
+    """Remove a file from the system's page cache."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def timed(function, *arguments):
-    """Seconds that a call takes, and its result."""
+    """(seconds, result) of a call."""
     began = time.perf_counter()
     result = function(*arguments)
     return time.perf_counter() - began, result
 
 
 def write_tokens(path, gigabytes):
-    """A token file of documents as long as OpenWebText's; returns their number."""
+    """Write a file of random tokens, in documents of OpenWebText's mean length; returns the number of documents."""
     rng, eot, n_documents = np.random.default_rng(0), 50256, 0
     with open(path, "wb") as file:
         while file.tell() < gigabytes * 1e9:
-            lengths = np.maximum(1, rng.lognormal(np.log(MEAN_DOCUMENT) - 0.5, 1, 20_000)).astype(np.int64)
+            lengths = np.maximum(1, rng.lognormal(np.log(MEAN_TOKENS) - 0.5, 1, 20_000)).astype(np.int64)
             ids = rng.integers(0, eot, lengths.sum(), dtype=np.uint16)
             ids[np.cumsum(lengths) - 1] = eot
             ids.tofile(file)
@@ -238,13 +257,13 @@ def write_tokens(path, gigabytes):
     return n_documents
 
 
-def gather_once(cfg):
-    """Write the tokens, gather them, and print `name=value` lines."""
+def time_gather(cfg):
+    """Write tokens, time each step of gathering them and what it is compared with, and print `name=value` lines."""
     folder, dtype = Path(cfg.out_dir), np.dtype("<u2")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tokens.bin"
     n_documents = write_tokens(path, cfg.gather_gigabytes)
-    forget(path)
+    drop_from_cache(path)
 
     def copy():
         with open(path, "rb") as source, open(folder / "copy.bin", "wb") as target:
@@ -255,16 +274,16 @@ def gather_once(cfg):
     print(f"bytes={path.stat().st_size}")
     print(f"copy={timed(copy)[0]}")
     (folder / "copy.bin").unlink()
-    forget(path)
+    drop_from_cache(path)
     seconds, lengths = timed(token_file.document_lengths, path, dtype, 50256, n_documents)
     ends = np.cumsum(lengths)
     print(f"ends={seconds}")
     orders = gathering.split(n_documents, 0.0005, 2357)
-    forget(path)
+    drop_from_cache(path)
     print(f"gather={timed(gathering.gather, path, ends, orders, folder, dtype)[0]}")
-    forget(path)
+    drop_from_cache(path)
     with open(path, "rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # as where the file is larger than the memory
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead, as if memory were short
         sample = orders["train"][:RANDOM_READS].tolist()
 
         def read_one_by_one():
@@ -275,50 +294,50 @@ def gather_once(cfg):
         print(f"read={timed(read_one_by_one)[0] / len(sample)}")
 
 
-def compare_gather(cfg):
-    """Measure the gather in processes of its own and print the table."""
+def measure_gather(cfg):
+    """Run `time_gather` in processes of its own and print the table."""
     folder, runs = Path(cfg.out_dir), []
     for _ in range(cfg.repeats):
-        options = ["--way=gather", f"--out_dir={folder}", f"--gather_gigabytes={cfg.gather_gigabytes}"]
-        result = measure([sys.executable, *THIS, *options], folder, {})
+        options = ["--in_process", "--gather", f"--out_dir={folder}", f"--gather_gigabytes={cfg.gather_gigabytes}"]
+        result = run_and_watch([sys.executable, *COMMAND, *options], folder, {})
         values = dict(line.split("=") for line in result["output"].splitlines())
         runs.append({"memory": result["memory"], **{name: float(value) for name, value in values.items()}})
         shutil.rmtree(folder)
-    mean = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
-    size, documents = mean["bytes"], mean["documents"]
-    print(
-        f"\n{size / 1e9:.2f} GB of tokens, {documents:,.0f} documents, medians of {cfg.repeats} runs, each file out of "
-        "the system's cache before it is read:\n"
-    )
-    print("| step | seconds | MB/s of tokens |")
-    print("|---|---:|---:|")
+    median = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    size, documents = median["bytes"], median["documents"]
     steps = {
-        "ends": "find the documents (only after an interruption)",
-        "gather": "gather, with SHA-256",
-        "copy": "for comparison: copy the file",
+        "find the documents (only after an interruption)": median["ends"],
+        "gather, with SHA-256": median["gather"],
+        "for comparison: copy the file": median["copy"],
+        f"for comparison: only read each document where it is (from {RANDOM_READS:,} of them)": documents
+        * median["read"],
     }
-    for name, step in steps.items():
-        print(f"| {step} | {mean[name]:.2f} | {size / mean[name] / 1e6:,.0f} |")
-    one_by_one = mean["read"] * documents
-    what = f"for comparison: only read each document where it is (from {RANDOM_READS:,} of them)"
-    print(f"| {what} | {one_by_one:.2f} | {size / one_by_one / 1e6:,.0f} |")
-    print(f"\nPeak memory, with the making of the tokens: {mean['memory'] / 1e6:.0f} MB.")
+    rows = [[step, f"{seconds:.2f}", f"{size / seconds / 1e6:,.0f}"] for step, seconds in steps.items()]
+    parts = [
+        page.Paragraph(
+            f"{size / 1e9:.2f} GB of tokens, {documents:,.0f} documents, medians of {cfg.repeats} runs; no file is in "
+            "the system's page cache when it is read."
+        ),
+        page.Table(["step", "seconds", "MB/s of tokens"], rows, words=("step",)),
+        page.Paragraph(f"Peak memory, writing the tokens included: {median['memory'] / 1e6:.0f} MB."),
+    ]
+    print("\n" + page.markdown(parts), end="")
 
 
 def main(argv):
     """The command; see the module's docstring."""
-    cfg = configurator.parse(BenchConfig, argv)
+    cfg = configurator.parse(BenchPrepareConfig, argv)
     folder = Path(cfg.out_dir)
-    if cfg.way == "usual":
-        usual_way(str(folder / "text" / "*.parquet"), folder / "work" / "bins")
-    elif cfg.way == "gather":
-        gather_once(cfg)
+    if cfg.in_process and cfg.gather:
+        time_gather(cfg)
+    elif cfg.in_process:
+        datasets_map(str(folder / "text" / "*.parquet"), folder / "work" / "bins")
     elif folder.exists():
-        raise ValueError(f"{folder} is there already: delete it, or choose another --out_dir=…")
+        raise ValueError(f"--out_dir must name a new folder, got {folder}, which exists: delete it, or name another")
     elif cfg.gather:
-        compare_gather(cfg)
+        measure_gather(cfg)
     else:
-        compare(cfg)
+        measure_preparation(cfg)
 
 
 if __name__ == "__main__":

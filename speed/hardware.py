@@ -1,4 +1,4 @@
-"""What a device can do: by its datasheet where it is known, and by a large matrix product on the device itself."""
+"""What a device can reach: the FLOP/s of its datasheet, where that is known, and those of a large matrix product."""
 
 import statistics
 import subprocess
@@ -11,44 +11,45 @@ from torch.nn import functional as F
 
 from engine import devices, runlog
 
-KERNELS = {"cudnn": "cuDNN", "flash": "FlashAttention", "efficient": "memory-efficient", "math": "plain"}
+# A part of the operation's name -> the backend of scaled_dot_product_attention, as torch.nn.attention calls it.
+ATTENTION_BACKENDS = {"cudnn": "cuDNN", "flash": "FlashAttention", "efficient": "memory-efficient", "math": "math"}
 
 
 @dataclass(frozen=True)
 class Datasheet:
-    """The makers' figures of one GPU. Operations are dense (no sparsity), with sums in float32."""
+    """What the maker of a GPU states. FLOP/s are dense (without sparsity), with sums in float32."""
 
-    peak: dict  # number format -> operations a second; tf32 is what matrix products of float32 tensors may use
+    peak: dict  # 'bfloat16', 'float16' or 'tf32' -> FLOP/s; tf32 is for products of float32 tensors, where allowed
     memory: float  # bytes
     source: str
 
 
-def _tensor_cores(half, tf32, memory, source):
-    """A Datasheet from TFLOP/s and GB."""
-    peak = {"bfloat16": half * 1e12, "float16": half * 1e12, "tf32": tf32 * 1e12}
-    return Datasheet(peak, memory * 1e9, source)
+def _datasheet(tflops_16bit, tflops_tf32, gigabytes, source):
+    """A Datasheet from TFLOP/s of the tensor cores and GB of memory."""
+    peak = {"bfloat16": tflops_16bit * 1e12, "float16": tflops_16bit * 1e12, "tf32": tflops_tf32 * 1e12}
+    return Datasheet(peak, gigabytes * 1e9, source)
 
 
 _H100 = "NVIDIA H100 Tensor Core GPU datasheet (half of the figures with sparsity)"
 _H200 = "NVIDIA H200 Tensor Core GPU datasheet (half of the figures with sparsity)"
 _A100 = "NVIDIA A100 Tensor Core GPU datasheet"
-# By the name that torch.cuda.get_device_name gives. Only the very name counts: a part of a GPU (MIG), or one that is
-# sold in several forms under like names, would otherwise get another's figures.
+# By the name that torch.cuda.get_device_name gives, which must match exactly: a MIG slice of a GPU, or another model of
+# a similar name, has other figures.
 DATASHEETS = {
-    "NVIDIA H200": _tensor_cores(989.4, 494.7, 141, _H200),
-    "NVIDIA H100 80GB HBM3": _tensor_cores(989.4, 494.7, 80, _H100),
-    "NVIDIA H100 PCIe": _tensor_cores(756.5, 378, 80, _H100),
-    "NVIDIA A100-SXM4-80GB": _tensor_cores(312, 156, 80, _A100),
-    "NVIDIA A100-SXM4-40GB": _tensor_cores(312, 156, 40, _A100),
-    "NVIDIA A100 80GB PCIe": _tensor_cores(312, 156, 80, _A100),
-    "NVIDIA L40S": _tensor_cores(362, 183, 48, "NVIDIA L40S datasheet"),
-    "NVIDIA GeForce RTX 5090": _tensor_cores(209.5, 104.8, 32, "NVIDIA RTX Blackwell GPU architecture"),
-    "NVIDIA GeForce RTX 4090": _tensor_cores(165.2, 82.6, 24, "NVIDIA Ada GPU architecture"),
+    "NVIDIA H200": _datasheet(989.4, 494.7, 141, _H200),
+    "NVIDIA H100 80GB HBM3": _datasheet(989.4, 494.7, 80, _H100),
+    "NVIDIA H100 PCIe": _datasheet(756.5, 378, 80, _H100),
+    "NVIDIA A100-SXM4-80GB": _datasheet(312, 156, 80, _A100),
+    "NVIDIA A100-SXM4-40GB": _datasheet(312, 156, 40, _A100),
+    "NVIDIA A100 80GB PCIe": _datasheet(312, 156, 80, _A100),
+    "NVIDIA L40S": _datasheet(362, 183, 48, "NVIDIA L40S datasheet"),
+    "NVIDIA GeForce RTX 5090": _datasheet(209.5, 104.8, 32, "NVIDIA RTX Blackwell GPU architecture"),
+    "NVIDIA GeForce RTX 4090": _datasheet(165.2, 82.6, 24, "NVIDIA Ada GPU architecture"),
 }
 
 
 def peak_flops(name, dtype):
-    """The datasheet's operations a second of the device called name in a torch.dtype; None where it is not known."""
+    """The datasheet's FLOP/s of the device called name, in a torch.dtype; None where that is not known."""
     number_format = devices.dtype_name(dtype)
     if number_format == "float32" and torch.get_float32_matmul_precision() != "highest":
         number_format = "tf32"
@@ -56,7 +57,7 @@ def peak_flops(name, dtype):
 
 
 def power_cap(device):
-    """The GPU's power limit as nvidia-smi tells it ('700.00 W'); None where there is none to be had."""
+    """The GPU's power limit as nvidia-smi prints it ('700.00 W'); None on a CPU and where nvidia-smi fails."""
     if device.type != "cuda":
         return None
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
@@ -68,18 +69,26 @@ def power_cap(device):
 
 
 def synchronise(device):
-    """Wait until the device has done all that it was asked for."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def matrix_product_flops(device, dtype, size=None, repeats=5):
-    """The operations a second of a product of two size × size matrices of a torch.dtype: the median of repeats.
+def profiler(device):
+    """A torch.profiler.profile that records PyTorch's operations and, on a GPU, its kernels."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    return torch.profiler.profile(activities=activities)
 
-    size: None is one that keeps the device busy, 8,192 on a GPU and 2,048 on a CPU.
+
+def matrix_product_flops(device, dtype, size=None, repeats=5):
+    """The FLOP/s that a product of two size × size matrices of a torch.dtype reaches: the median of repeats.
+
+    size: None: 8,192 on a GPU and 2,048 on a CPU, large enough to keep the device busy.
     """
     size = size or (8192 if device.type == "cuda" else 2048)
-    products = 20 if device.type == "cuda" else 1  # together, so that what is launched is not what is timed
+    products = 20 if device.type == "cuda" else 1  # timed together, so that the kernel launches do not count
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(repeats + 2):
@@ -93,33 +102,30 @@ def matrix_product_flops(device, dtype, size=None, repeats=5):
 
 
 def attention_backend(device, dtype, config):
-    """Which implementation scaled_dot_product_attention takes for a GPTConfig: its name, and the GPU kernel's.
+    """Which backend scaled_dot_product_attention chooses for a GPTConfig, with the name of its kernel on a GPU.
 
-    One call, forward alone, with the model's shapes, is run in the profiler and says what it called.
+    Found by running one forward call with the model's shapes in the profiler.
     """
     q, k, v = (
         torch.randn(2, heads, config.block_size, config.d_k, device=device, dtype=dtype, requires_grad=True)
         for heads in (config.n_head, config.kv_heads, config.kv_heads)
     )
     options = dict(dropout_p=config.dropout, is_causal=config.causal, enable_gqa=config.kv_heads < config.n_head)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
     F.scaled_dot_product_attention(q, k, v, **options)
     synchronise(device)
-    with torch.profiler.profile(activities=activities) as profile:
+    with profiler(device) as profile:
         F.scaled_dot_product_attention(q, k, v, **options)
         synchronise(device)
     events = profile.key_averages()
     calls = [event.key for event in events if event.key.startswith("aten::_scaled_dot_product")]
-    found = [name for part, name in KERNELS.items() if any(part in call for call in calls)]
+    found = [name for part, name in ATTENTION_BACKENDS.items() if any(part in call for call in calls)]
     on_gpu = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     kernel = max(on_gpu, key=lambda event: event.self_device_time_total).key if on_gpu else None
     return (found[0] if found else "unknown") + (f", kernel {kernel}" if kernel else "")
 
 
-def facts(compute, config):
-    """What a table of speed must say of the machine, for a devices.Compute: name -> text, 'n/a' for the unknown."""
+def environment(compute, config):
+    """The machine and software of a measurement: name -> text, 'n/a' where unknown. compute: a devices.Compute."""
     device, dtype = compute.device, compute.dtype
     versions = runlog.versions()
     try:

@@ -1,4 +1,4 @@
-"""Other GPT-2s in the place of ours, for a comparison of speeds: same sizes, loop, optimizer and data."""
+"""Other implementations of GPT-2 (peers), to compare speeds with: of the same sizes, in the same training loop."""
 
 import contextlib
 import importlib.util
@@ -11,39 +11,45 @@ from torch import nn
 from torch.nn import functional as F
 
 NAMES = {"hf": "Hugging Face", "nanogpt": "nanoGPT"}
-ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}  # ours -> those of transformers
+ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}  # our names -> those of transformers
+# Options of the architecture that a peer does not offer: name -> the only value that it implements.
 GPT2 = dict(n_kv_head=None, norm="layernorm", pos="learned", parallel=False, share_layers=False, causal=True)
 GPT2 |= dict(attn_skip=True, mlp_skip=True, n_expert=0, wk_identity=False, wv_identity=False)
 NANOGPT = GPT2 | dict(tie_weights=True, activation="gelu", mlp_ratio=4, recompute=False)
 
 
 def check(peer, cfg):
-    """Raise ValueError where the peer, one of NAMES, is not installed or is not the architecture of a BenchConfig."""
+    """Raise ValueError where a peer, a key of NAMES, is not installed or cannot have a BenchConfig's architecture."""
     if peer == "hf" and importlib.util.find_spec("transformers") is None:
-        raise ValueError("peer=hf needs the package transformers: `pip install transformers`, or leave peer out")
+        raise ValueError(
+            "--peer=hf needs the package transformers, which is not installed: run `pip install transformers`, or "
+            "leave the peer out"
+        )
     if peer == "nanogpt" and not (Path(cfg.nanogpt) / "model.py").is_file():
         raise ValueError(
-            f"peer=nanogpt needs a clone of nanoGPT, and there is no {Path(cfg.nanogpt) / 'model.py'}: "
-            "`git clone https://github.com/karpathy/nanoGPT`, then --nanogpt=FOLDER"
+            f"--peer=nanogpt needs a clone of nanoGPT, and there is no {Path(cfg.nanogpt) / 'model.py'}: run "
+            "`git clone https://github.com/karpathy/nanoGPT`, then name its folder with --nanogpt=…"
         )
     for name, value in (NANOGPT if peer == "nanogpt" else GPT2).items():
         if getattr(cfg, name) != value:
-            raise ValueError(f"peer={peer} has {name}={value}, not {getattr(cfg, name)}: leave {name} or the peer out")
+            raise ValueError(
+                f"--peer={peer} needs {name}={value}, got {getattr(cfg, name)}: leave the option or the peer out"
+            )
 
 
 class HuggingFaceGPT2(nn.Module):
-    """transformers.GPT2LMHeadModel of a BenchConfig's sizes, called as `model.GPT` is. It always has biases."""
+    """transformers.GPT2LMHeadModel of a BenchConfig's sizes, with `model.GPT`'s interface; it always has biases."""
 
     description = (
-        "GPT2LMHeadModel with SDPA; it has biases, and its own loss in training and its own generate in decoding, "
-        "with a cache and compiled on a GPU alone"
+        "GPT2LMHeadModel with SDPA, which always has biases; training uses its own loss, decoding its own generate, "
+        "which has a cache and is compiled on a GPU only"
     )
 
     def __init__(self, cfg):
         super().__init__()
         import transformers
 
-        transformers.logging.set_verbosity_error()  # it warns of settings that it chose itself
+        transformers.logging.set_verbosity_error()  # it would warn of its own defaults
         self.gpt2 = transformers.GPT2LMHeadModel(
             transformers.GPT2Config(
                 vocab_size=cfg.vocab_size,
@@ -58,7 +64,7 @@ class HuggingFaceGPT2(nn.Module):
                 attn_pdrop=cfg.dropout,
                 tie_word_embeddings=cfg.tie_weights,
                 bos_token_id=None,
-                eos_token_id=None,  # so that a generation does not end early
+                eos_token_id=None,  # so that generation never ends early
                 pad_token_id=0,
                 attn_implementation="sdpa",
             )
@@ -67,7 +73,10 @@ class HuggingFaceGPT2(nn.Module):
             self.gpt2.gradient_checkpointing_enable({"use_reentrant": False})
 
     def forward(self, idx, targets, reduction="mean"):
-        """(None, loss): its own loss over the T − 1 targets within idx, (B, T); with 'none' that of each target."""
+        """(None, loss in nats), for idx and targets (B, T) int64.
+
+        'mean': its own loss over the T − 1 targets that idx itself contains. 'none': that of each target, (B·T,).
+        """
         if reduction == "mean":
             return None, self.gpt2(input_ids=idx, labels=idx, use_cache=False).loss
         logits = self.gpt2(input_ids=idx, use_cache=False).logits
@@ -75,9 +84,9 @@ class HuggingFaceGPT2(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, compile_step=False):
-        """Its own cached generation, greedy, of exactly max_new_tokens after idx, (B, T).
+        """(B, T + max_new_tokens): idx, (B, T) int64, greedily continued by its own generation with a cache.
 
-        compile_step: on a GPU with its static cache, which transformers compiles there and nowhere else.
+        compile_step: use its static cache on a GPU, for which transformers compiles the model; no effect on a CPU.
         """
         return self.gpt2.generate(
             idx,
@@ -91,37 +100,43 @@ class HuggingFaceGPT2(nn.Module):
 
 
 class NanoGPT(nn.Module):
-    """The GPT of the model.py in the folder cfg.nanogpt, of a BenchConfig's sizes, called as `model.GPT` is."""
+    """The GPT of the model.py in the folder cfg.nanogpt, of a BenchConfig's sizes, with `model.GPT`'s interface."""
 
     description = (
-        "the GPT of its model.py, with its own loss in training and its own generate in decoding, without a cache and "
+        "the GPT of its model.py; training uses its own loss, decoding its own generate, which has no cache and is "
         "never compiled"
     )
 
     def __init__(self, cfg):
         super().__init__()
         spec = importlib.util.spec_from_file_location("nanogpt_model", Path(cfg.nanogpt) / "model.py")
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # torch.compile looks for it there
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # torch.compile looks it up there
         spec.loader.exec_module(module)
         names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # it prints its size
+        with (
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+        ):  # it prints its number of parameters
             self.gpt = module.GPT(module.GPTConfig(**{name: getattr(cfg, name) for name in names}))
 
     def forward(self, idx, targets, reduction="mean"):
-        """(logits, loss): its own mean loss over targets, (B, T); with 'none' this mean for each, (B·T,)."""
+        """(logits, loss in nats), for idx and targets (B, T) int64: its own mean loss.
+
+        With reduction='none' the same mean is repeated for each target, (B·T,): nanoGPT computes no other.
+        """
         logits, loss = self.gpt(idx, targets)
         return logits, loss if reduction == "mean" else loss.expand(targets.numel())
 
     def generate(self, idx, max_new_tokens, compile_step=False):
-        """Its own generation, the likeliest token each time, of max_new_tokens after idx, (B, T); never compiled."""
-        return self.gpt.generate(idx, max_new_tokens, top_k=1)
+        """(B, T + max_new_tokens): idx, (B, T) int64, continued by its own generation; compile_step has no effect."""
+        return self.gpt.generate(idx, max_new_tokens, top_k=1)  # top_k=1: greedy
 
 
 MODELS = {"hf": HuggingFaceGPT2, "nanogpt": NanoGPT}
 
 
-def replace_model(run, model, make_optimizer):
-    """Have a train.Trainer train the model of a peer, one of MODELS, in place of its own, in the same way."""
-    run.model = model.to(run.device)
-    run.fast_model = torch.compile(run.model) if run.compute.compile else run.model
-    run.optimizer = make_optimizer(run.model, run.cfg, run.device.type)
+def replace_model(trainer, model, make_optimizer):
+    """Replace the model of a train.Trainer by a peer's, an instance of one of MODELS, and its optimizer accordingly."""
+    trainer.model = model.to(trainer.device)
+    trainer.fast_model = torch.compile(trainer.model) if trainer.compute.compile else trainer.model
+    trainer.optimizer = make_optimizer(trainer.model, trainer.cfg, trainer.device.type)

@@ -1,45 +1,53 @@
-"""How much memory and how many days a run takes, by GPU: a model of cost, and what of it was measured.
+"""How much memory and how many days a training run takes on each GPU: computed, or measured where that was done.
 
-A rate is utilisation × datasheet peak / operations a token. Operations are those of `cost.cost`; with recompute=True
-the blocks' forward pass comes once more. Utilisation is that of a measured run (the JSON file of bench.py), or public.
+tokens/s = number of GPUs × utilisation × the datasheet's peak FLOP/s / FLOPs per token. FLOPs are those of
+`engine.flops.cost`; with recompute=True the forward pass of the blocks counts twice. The utilisation is that of a
+measured training step (from the JSON file of bench.py) or a published one.
 """
 
 import dataclasses
 import itertools
 
+import torch
+
 import configurator
-from engine import linear_cross_entropy
+from engine import devices, linear_cross_entropy
 from engine.files import read_json
 from engine.flops import cost
 from model import GPTConfig
 from speed import hardware
+from studies import page
 
-SIZES = {"350M": "gpt3_medium", "760M": "gpt3_large", "1.3B": "gpt3_xl"}
-GPUS = (1, 8)
-SPARE = 0.1  # of a GPU's memory, for the CUDA context, kernels' workspaces and fragmentation
-# Shares of the dense bfloat16 peak of public 124M trainers (T = 1,024), with nanoGPT's count of operations.
-PUBLIC = {
+SIZES = {"350M": "gpt3_medium", "760M": "gpt3_large", "1.3B": "gpt3_xl"}  # GPT-3's sizes -> files in config/
+GPU_COUNTS = (1, 8)
+MEMORY_RESERVE = 0.1  # of a GPU's memory, for the CUDA context, kernels' workspaces and fragmentation
+# Published utilisation of 124M models (T = 1,024) in training, as a share of the dense bfloat16 peak, with nanoGPT's
+# formula for FLOPs: share, source.
+PUBLISHED = {
     "NVIDIA H200": (0.423, "modded-nanogpt, 1 × H200"),
     "NVIDIA H100 80GB HBM3": (0.409, "modded-nanogpt with AdamW, per H100 of 8"),
     "NVIDIA GeForce RTX 4090": (0.746, "llm.c, 1 × RTX 4090"),
 }
-ELSEWHERE = (0.328, "nanoGPT, 1 × H100, for want of a public figure for this GPU")
+UNPUBLISHED = (0.328, "nanoGPT, 1 × H100 (no published figure for this GPU)")
 FORMULAS = """\
 Memory of one GPU, in bytes. N: parameters; M: those in matrix products (attention, MLP, LM head); d: n_embd; d_kv: the
 keys' width; h: the MLP's hidden width, times the experts; b: sequences in a micro-batch; T: block_size; L: n_layer.
 
-- states = 4 N (parameters) + 4 N (gradients) + 8 N (AdamW), shared by the GPUs with shard=full, + 2 M (bfloat16 copies)
-- activations = b T (L B + 6 d + 8), a block's B = 12 d + 2 (d + 2 d_kv) + 2 d + 4 h + 4 n_head + 16: what eager PyTorch
-  keeps of GPT-2's blocks in bfloat16 autocast; with recompute=True b T (4 d L + B + 6 d + 8)
+- states = 4 N (parameters) + 4 N (gradients) + 8 N (AdamW), sharded over the GPUs with shard=full, + 2 M (bfloat16
+  copies)
+- activations = b T (L B + 6 d + 8), with B = 12 d + 2 (d + 2 d_kv) + 2 d + 4 h + 4 n_head + 16 per block: what eager
+  PyTorch keeps of GPT-2's blocks in bfloat16 autocast; with recompute=True b T (4 d L + B + 6 d + 8)
 - logits = 14 b T vocab_size: bfloat16 logits, float32 log-probabilities and the gradients of both; with
   chunked_loss=True 10 min(b T vocab_size, 2^26) + 4 d vocab_size + 2 b T d
 
-torch.compile keeps less activations and logits; so what fits here, fits."""
+With torch.compile activations and logits take less memory: these are upper bounds."""
+MEMORY_COLUMN = "memory of a GPU, GB: states + activations + logits"
+COLUMNS = ["size", "model", "GPUs", "micro-batch", MEMORY_COLUMN, "utilisation", "tokens/s", "days", "basis"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU while it trains."""
+    """Bytes on one GPU during training."""
 
     states: int  # parameters, gradients, optimizer and bfloat16 copies of the matrices
     activations: int
@@ -50,17 +58,17 @@ class Memory:
         return self.states + self.activations + self.logits
 
 
-def memory(config, batch_size, recompute=False, pieces=1, chunked_loss=False):
-    """The Memory of a GPTConfig at a micro-batch of batch_size sequences; pieces: GPUs that share the states (FSDP).
+def training_memory(config, batch_size, recompute=False, n_shards=1, chunked_loss=False):
+    """The Memory of a GPTConfig with micro-batches of batch_size sequences, by FORMULAS.
 
-    The terms are those of FORMULAS.
+    n_shards: the number of GPUs over which the states are sharded (FSDP).
     """
     counts, d = cost(config), config.n_embd
     kv_width = config.kv_heads * config.d_k
     hidden = config.mlp_hidden * max(1, config.n_expert)
     tokens = batch_size * config.block_size
-    states = 16 * counts.total // pieces + 2 * (counts.attn_mlp + config.vocab_size * d)
-    # Two float32 residual streams with two bfloat16 norm outputs, and two float32 numbers a norm, in each block.
+    states = 16 * counts.total // n_shards + 2 * (counts.attn_mlp + config.vocab_size * d)
+    # 12 d: two float32 residual streams and two bfloat16 outputs of norms. 16: two float32 numbers for each norm.
     block = 12 * d + 2 * (d + 2 * kv_width) + 2 * d + 4 * hidden + 4 * config.n_head + 16
     blocks = config.n_layer * 4 * d + block if recompute else config.n_layer * block
     logits = tokens * config.vocab_size
@@ -71,33 +79,42 @@ def memory(config, batch_size, recompute=False, pieces=1, chunked_loss=False):
     return Memory(states, tokens * (blocks + 6 * d + 8), logits_bytes)
 
 
-def step_flops(config, recompute=False):
-    """Operations that one token of training really takes: with recompute the blocks' forward pass comes once more."""
+def executed_flops(config, recompute=False):
+    """The FLOPs of training that are executed per token; with recompute the blocks' forward pass counts twice."""
     counts = cost(config)
     head = 2 * config.n_embd * config.vocab_size
     return counts.training_flops + (counts.forward_flops - head if recompute else 0)
 
 
 def read_measured(path):
-    """The content of a JSON file of bench.py. Raises ValueError for another, or one without utilisation."""
+    """A JSON file of bench.py: its header and config, and as rows model -> the row of its training step.
+
+    Raises ValueError for any other file, and for one from which the utilisation in bfloat16 cannot be taken.
+    """
     content = read_json(path)
     if content is None:
-        raise ValueError(f"measured: there is no file {path}: make it with `python bench.py … --json={path}`")
+        raise ValueError(f"--measured: there is no file {path}: write it with `python bench.py … --json={path}`")
     if not isinstance(content, dict) or not {"header", "config", "rows"} <= content.keys():
-        raise ValueError(f"measured: {path} is no JSON file of bench.py")
+        raise ValueError(
+            f"--measured must name a JSON file of measurements, got {path}: write one with `python bench.py … --json=…`"
+        )
+    header = content["header"]
     rows = {row["model"]: row for row in content["rows"] if row["what"] == "training step"}
     if not all(rows.get(model, {}).get("of_peak") for model in ("baseline", "reduced")):
         raise ValueError(
-            f"measured: {path} has no utilisation of a training step ({content['header']['device']}): measure on a GPU "
-            "whose datasheet is known"
+            f"--measured must have the utilisation of a training step, got {path} without it (device: "
+            f"{header['device']}): measure with train in --only, on a GPU that speed/hardware.py lists"
         )
-    if content["header"]["dtype"] != "bfloat16":
-        raise ValueError(f"measured: {path} is of {content['header']['dtype']}, and the plan of bfloat16")
-    return {"header": content["header"], "config": content["config"], "rows": rows}
+    if header["dtype"] != "bfloat16":
+        raise ValueError(
+            f"--measured must be in bfloat16, as the plan is, got {path} in {header['dtype']}: measure with "
+            "--dtype=bfloat16"
+        )
+    return {"header": header, "config": content["config"], "rows": rows}
 
 
 def sizes(cfg):
-    """name -> TrainConfig: cfg itself, and it in GPT-3's larger sizes."""
+    """name -> TrainConfig: cfg itself, and with each of GPT-3's larger sizes."""
     configs = {f"{cost(cfg.model_config()).total / 1e6:,.0f}M (this configuration)": cfg}
     for name, file in SIZES.items():
         values = configurator.read_config_file(configurator.ROOT / "config" / f"{file}.py")
@@ -105,87 +122,91 @@ def sizes(cfg):
     return configs
 
 
-def fitting_batch_size(cfg, limit, pieces):
-    """The largest of cfg's micro-batch, its half, … that needs at most `limit` bytes; None where not even one fits."""
-    batch_size = cfg.batch_size or max(1, 2**16 // cfg.block_size)
+def fitting_batch_size(cfg, limit, n_shards):
+    """cfg's micro-batch, halved until its memory is at most `limit` bytes; None where not even one sequence fits."""
+    batch_size = cfg.batch_size or max(1, devices.first_tokens(torch.device("cuda")) // cfg.block_size)
     while batch_size:
-        if memory(cfg.model_config(), batch_size, cfg.recompute, pieces, cfg.chunked_loss).total <= limit:
+        if training_memory(cfg.model_config(), batch_size, cfg.recompute, n_shards, cfg.chunked_loss).total <= limit:
             return batch_size
         batch_size //= 2
     return None
 
 
 def utilisation(gpu, model, measured):
-    """(share of the peak, its source) of a model, 'baseline' or 'reduced', on a GPU type."""
+    """(share of the datasheet's peak, its source) of a model, 'baseline' or 'reduced', on a GPU of this name."""
     if measured and measured["header"]["device"] == gpu:
         return measured["rows"][model]["of_peak"], f"a run of bench.py, {measured['header']['date']}"
-    return PUBLIC.get(gpu, ELSEWHERE)
+    return PUBLISHED.get(gpu, UNPUBLISHED)
 
 
 def was_measured(cfg, gpu, n_gpus, measured):
-    """Whether it is cfg's own speed on this GPU type that the JSON file of bench.py has; W_Q may differ."""
+    """Whether `measured` has the speed of this very configuration, with or without W_Q, on this GPU."""
+    if not measured or n_gpus != 1 or gpu != measured["header"]["device"]:
+        return False
     names = {field.name for field in dataclasses.fields(GPTConfig)} - {"wq_identity", "attn_scale"}
     names |= {"recompute", "batch_size"}
-    chunked = bool(measured and measured["config"].get("chunked_loss"))
-    return (
-        measured is not None
-        and (gpu, n_gpus) == (measured["header"]["device"], 1)
-        and chunked == bool(cfg.chunked_loss)
-        and all(measured["config"][name] == getattr(cfg, name) for name in names)
-    )
+    theirs = measured["config"]
+    same_loss = bool(theirs.get("chunked_loss")) == bool(cfg.chunked_loss)  # none means False on a GPU
+    return same_loss and all(theirs.get(name) == getattr(cfg, name) for name in names)
 
 
-def rows(cfg, measured=None):
-    """A dict for each GPU type × size × model × number of GPUs; see `table`. measured: from `read_measured`."""
-    planned = []
-    for (gpu, sheet), (size, sized), wq_identity, n_gpus in itertools.product(
-        hardware.DATASHEETS.items(), sizes(cfg).items(), (False, True), GPUS
+def plan_rows(cfg, measured=None):
+    """A dict for each GPU, size, model and number of GPUs, from a TrainConfig.
+
+    measured: of `read_measured`. basis: 'measured', 'extrapolated' or 'does not fit'; batch_size, tokens_per_second and
+    days are None where it does not fit, and the memory is then that of one sequence.
+    """
+    rows = []
+    for (gpu, sheet), (size, sized), model, n_gpus in itertools.product(
+        hardware.DATASHEETS.items(), sizes(cfg).items(), ("baseline", "reduced"), GPU_COUNTS
     ):
-        model = "reduced" if wq_identity else "baseline"
-        arm = dataclasses.replace(sized, wq_identity=wq_identity)
-        pieces = n_gpus if arm.shard == "full" else 1
-        batch_size = fitting_batch_size(arm, (1 - SPARE) * sheet.memory, pieces)
-        needs = memory(arm.model_config(), batch_size or 1, arm.recompute, pieces, arm.chunked_loss)
+        variant = dataclasses.replace(sized, wq_identity=model == "reduced")
+        config = variant.model_config()
+        n_shards = n_gpus if variant.shard == "full" else 1
+        batch_size = fitting_batch_size(variant, (1 - MEMORY_RESERVE) * sheet.memory, n_shards)
+        needed = training_memory(config, batch_size or 1, variant.recompute, n_shards, variant.chunked_loss)
         share, source = utilisation(gpu, model, measured)
-        tokens = n_gpus * share * sheet.peak["bfloat16"] / step_flops(arm.model_config(), arm.recompute)
-        basis = "extrapolated"
-        if was_measured(arm, gpu, n_gpus, measured):
-            basis, tokens = "measured", measured["rows"][model]["tokens_per_second"]
         if batch_size is None:
-            basis, tokens = "does not fit", None
-        days = tokens and arm.max_iters * arm.tokens_per_step / tokens / 86_400
-        row = dict(gpu=gpu, size=size, model=model, n_gpus=n_gpus, batch_size=batch_size, **dataclasses.asdict(needs))
-        row |= dict(utilisation=share, source=source, tokens_per_second=tokens, days=days, basis=basis)
-        planned.append(row)
-    return planned
+            basis, rate, days = "does not fit", None, None
+        else:
+            basis, rate = "extrapolated", n_gpus * share * sheet.peak["bfloat16"]
+            rate /= executed_flops(config, variant.recompute)
+            if was_measured(variant, gpu, n_gpus, measured):
+                basis, rate = "measured", measured["rows"][model]["tokens_per_second"]
+            days = variant.max_iters * variant.tokens_per_step / rate / 86_400
+        row = dict(gpu=gpu, size=size, model=model, n_gpus=n_gpus, batch_size=batch_size, **dataclasses.asdict(needed))
+        row |= dict(utilisation=share, source=source, tokens_per_second=rate, days=days, basis=basis)
+        rows.append(row)
+    return rows
 
 
-def table(cfg, planned):
-    """The plan as Markdown: a table for each GPU type, and the formulas."""
+def plan_table(cfg, rows):
+    """The rows of `plan_rows` as Markdown: what they assume, the formulas, and a table for each GPU."""
     tokens = cfg.max_iters * cfg.tokens_per_step
-    lines = [
-        f"Days are those of {tokens / 1e9:,.1f} billion tokens (max_iters × tokens_per_step). Only what is marked as "
-        "measured was measured. For the rest, the utilisation of the 124M model is taken for all sizes, and eight GPUs "
-        "are eight times as fast as one, without the cost of their communication.",
-        "",
-        FORMULAS,
+    parts = [
+        page.Paragraph(
+            f"Days are those of {tokens / 1e9:,.1f} billion tokens (max_iters × tokens_per_step). Only the rows marked "
+            "'measured' were measured. The others take the utilisation of the 124M model for all sizes and count eight "
+            "GPUs as eight times one, without the cost of communication."
+        ),
+        page.Paragraph(FORMULAS),
     ]
     for gpu, sheet in hardware.DATASHEETS.items():
-        group = [row for row in planned if row["gpu"] == gpu]
-        lines += [
-            "",
-            f"**{gpu}**: {sheet.memory / 1e9:.0f} GB, {sheet.peak['bfloat16'] / 1e12:,.1f} TFLOP/s in bfloat16 "
-            f"({sheet.source}). Utilisation: {group[0]['source']}.",
-            "",
-            "| size | model | GPUs | micro-batch | memory of a GPU, GB: states + activations + logits | utilisation "
-            "| tokens/s | days | |",
-            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+        own = [row for row in rows if row["gpu"] == gpu]
+        parts += [
+            page.Heading(gpu),
+            page.Paragraph(
+                f"{sheet.memory / 1e9:.0f} GB, {sheet.peak['bfloat16'] / 1e12:,.1f} TFLOP/s in bfloat16 "
+                f"({sheet.source}). Utilisation: {own[0]['source']}."
+            ),
+            page.Table(COLUMNS, [_cells(row) for row in own], words=("size", "model", "basis")),
         ]
-        for row in group:
-            parts = [row[name] / 1e9 for name in ("states", "activations", "logits")]
-            needs = " + ".join(f"{part:.1f}" for part in parts) + f" = {sum(parts):.1f}"
-            cells = [row["size"], row["model"], row["n_gpus"], row["batch_size"] or "1", needs]
-            speed = ["—"] * 2 if row["days"] is None else [f"{row['tokens_per_second']:,.0f}", f"{row['days']:,.2f}"]
-            cells += [f"{row['utilisation']:.1%}", *speed, row["basis"]]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+    return page.markdown(parts)
+
+
+def _cells(row):
+    memory = [row[name] / 1e9 for name in ("states", "activations", "logits")]
+    needed = " + ".join(f"{part:.1f}" for part in memory) + f" = {sum(memory):.1f}"
+    speed = ["—", "—"] if row["days"] is None else [f"{row['tokens_per_second']:,.0f}", f"{row['days']:,.2f}"]
+    cells = [row["size"], row["model"], str(row["n_gpus"]), str(row["batch_size"] or 1), needed]
+    return [*cells, f"{row['utilisation']:.1%}", *speed, row["basis"]]

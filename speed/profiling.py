@@ -1,4 +1,4 @@
-"""Where the time of training steps goes, by kind of operation, from a trace of torch.profiler."""
+"""How the time of training steps divides into kinds of operation, from a trace of torch.profiler."""
 
 import re
 import time
@@ -7,8 +7,8 @@ import torch
 
 from speed import hardware
 
-# The first kind whose pattern the name of an operation or of a GPU kernel contains, in lower case. A compiled kernel
-# that fuses several is of the kind that is named first here.
+# kind of operation -> pattern. A name, of an operation or a GPU kernel, in lower case, belongs to the first kind whose
+# pattern it contains; so a compiled kernel that fuses several operations counts for the kind that comes first here.
 KINDS = {
     "attention": r"attention|flash|fmha|sdpa",
     "optimizer": r"adam|multi_tensor|foreach|optimizer|vector_norm|clip_grad",
@@ -25,46 +25,43 @@ def kind_of(name):
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name.lower())), "other")
 
 
-def shares(seconds, wall=None):
-    """kind -> share of the time, all together 1, from (name, seconds) pairs.
+def time_shares(durations, wall=None):
+    """kind -> share of the time, with sum 1, from (name, seconds) pairs of operations or kernels.
 
-    wall: seconds that passed on the clock, where what runs one after the other (kernels of a GPU) is measured: the
-    rest is 'idle'. None: there is no idle time, all is the sum of the seconds.
+    wall: the elapsed time in seconds, for the kernels of a GPU, which run one after another: what they leave of it is
+    'idle'. None: no idle time is computed, and the total is the sum of the seconds.
     """
     by_kind = dict.fromkeys([*KINDS, "other"], 0.0)
-    for name, duration in seconds:
-        by_kind[kind_of(name)] += duration
+    for name, seconds in durations:
+        by_kind[kind_of(name)] += seconds
     busy = sum(by_kind.values())
     if wall is not None:
         by_kind["idle"] = max(0.0, wall - busy)
     total = sum(by_kind.values())
-    return {kind: duration / total for kind, duration in by_kind.items()}
+    return {kind: seconds / total for kind, seconds in by_kind.items()}
 
 
-def profile(step, steps, device, path):
-    """Run step() `steps` times in the profiler, after one time without, and write a Chrome trace to path.
+def profile(step, n_steps, device, path):
+    """Call step() n_steps times in the profiler, after one call outside it, and write a Chrome trace to path.
 
-    Returns kind -> share of the time. On a GPU that is the time of its kernels, and idle is what lies between them,
-    which the profiler makes longer; on a CPU it is the time of PyTorch's operations, each without those that it calls.
+    Returns kind -> share of the time: on a GPU that of the kernels, and as 'idle' the time between them, which the
+    profiler itself lengthens; on a CPU that of PyTorch's operations, each without the operations that it calls.
     """
     on_cuda = device.type == "cuda"
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if on_cuda:
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
     step()
     hardware.synchronise(device)
-    with torch.profiler.profile(activities=activities) as trace:
+    with hardware.profiler(device) as trace:
         began = time.perf_counter()
-        for _ in range(steps):
+        for _ in range(n_steps):
             step()
         hardware.synchronise(device)
         wall = time.perf_counter() - began
     trace.export_chrome_trace(str(path))
-    wanted = torch.autograd.DeviceType.CUDA if on_cuda else torch.autograd.DeviceType.CPU
-    seconds = [
+    device_type = torch.autograd.DeviceType.CUDA if on_cuda else torch.autograd.DeviceType.CPU
+    durations = [
         (event.key, (event.self_device_time_total if on_cuda else event.self_cpu_time_total) / 1e6)
         for event in trace.key_averages()
-        # What code marks as a range of its own would count its kernels a second time.
-        if event.device_type == wanted and not getattr(event, "is_user_annotation", False)
+        # An annotated range contains kernels that are listed by themselves, too.
+        if event.device_type == device_type and not getattr(event, "is_user_annotation", False)
     ]
-    return shares(seconds, wall if on_cuda else None)
+    return time_shares(durations, wall if on_cuda else None)

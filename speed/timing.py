@@ -1,4 +1,4 @@
-"""Speeds that can be compared: turns A B A B …, a ratio for each pair of turns, medians with their spread."""
+"""Speeds that can be compared: models take turns (A B A B …), and a ratio is taken within each round of turns."""
 
 import math
 import time
@@ -13,8 +13,8 @@ from speed import hardware
 
 
 @dataclass
-class Arm:
-    """One of several models whose speeds are compared, and the GPU memory that it keeps between its turns."""
+class TimedModel:
+    """One of the models whose speeds are compared, and the GPU memory that it keeps between its turns."""
 
     name: str
     device: torch.device
@@ -22,76 +22,76 @@ class Arm:
 
 
 @dataclass
-class Work:
-    """Something that an arm does again and again."""
+class Workload:
+    """What a model does in its turns, as often as the turn lasts."""
 
-    arm: Arm
+    model: TimedModel
     call: Callable[[], object]
-    tokens: int  # that one call works through
-    flops: float | None = None  # of a token: model operations, for utilisation; None: no matrix products
-    dtype: torch.dtype | None = None  # of these
+    tokens: int  # processed by one call
+    flops: float | None = None  # model FLOPs per token, for the utilisation; None: no matrix products, or not known
+    dtype: torch.dtype | None = None  # of the matrix products
 
 
 @dataclass
 class Timing:
-    """What a Work took: a speed for each turn, in the order of turns."""
+    """What `interleave` measured of one Workload, in the order of the turns."""
 
-    rates: list  # tokens/s
-    peak_bytes: int | None  # GPU memory of the arm alone at its worst; None on a CPU
-    calls: int  # in a turn
+    rates: list  # tokens/s of each turn
+    peak_bytes: int | None  # peak GPU memory of this model alone; None on a CPU
+    calls: int  # in each turn
 
 
-def interleave(works, repeats, warmup=1, min_seconds=0.0, clock=time.perf_counter):
-    """Time works, name -> Work, in turns A B C A B C …; name -> Timing with `repeats` speeds.
+def interleave(workloads, repeats, warmup=1, min_seconds=0.0, clock=time.perf_counter):
+    """Time workloads, a dict name -> Workload, in turns A B C A B C …; name -> Timing, with `repeats` turns of each.
 
-    warmup: untimed calls of each. A turn has as many calls as the fastest needs for min_seconds, the same for all. The
-    device is waited for at both ends of a turn.
+    warmup: untimed calls of each. min_seconds: every turn has the number of calls that the fastest workload needs to
+    last this long, the same for all. The device is synchronised at both ends of a turn.
     """
 
-    def seconds_of(work, calls):
-        device = work.arm.device
-        hardware.synchronise(device)
-        devices.reset_peak_memory(device)
-        held = devices.allocated_bytes(device)
+    def take_turn(workload, calls):
+        """(seconds, peak memory in bytes or None) of some calls."""
+        model = workload.model
+        hardware.synchronise(model.device)
+        devices.reset_peak_memory(model.device)
+        allocated = devices.allocated_bytes(model.device)
         began = clock()
         for _ in range(calls):
-            work.call()
-        hardware.synchronise(device)
+            workload.call()
+        hardware.synchronise(model.device)
         seconds = clock() - began
-        # Whatever else is held now belongs to the others: it is there before and after.
-        peak = work.arm.resident + devices.peak_memory_bytes(device) - held if device.type == "cuda" else None
-        work.arm.resident += devices.allocated_bytes(device) - held
+        # What else is allocated belongs to the other models and does not change during this turn.
+        on_cuda = model.device.type == "cuda"
+        peak = model.resident + devices.peak_memory_bytes(model.device) - allocated if on_cuda else None
+        model.resident += devices.allocated_bytes(model.device) - allocated
         return seconds, peak
 
-    for work in works.values():
+    for workload in workloads.values():
         for _ in range(warmup):
-            seconds_of(work, 1)
+            take_turn(workload, 1)
     calls = 1
     if min_seconds:
-        fastest = min(seconds_of(work, 1)[0] for work in works.values())
+        fastest = min(take_turn(workload, 1)[0] for workload in workloads.values())
         calls = max(1, math.ceil(min_seconds / fastest))
-    turns = [{name: seconds_of(work, calls) for name, work in works.items()} for _ in range(repeats)]
-    return {
-        name: Timing(
-            [calls * work.tokens / turn[name][0] for turn in turns],
-            max(turn[name][1] for turn in turns) if turns[0][name][1] is not None else None,
-            calls,
-        )
-        for name, work in works.items()
-    }
+    rounds = [{name: take_turn(workload, calls) for name, workload in workloads.items()} for _ in range(repeats)]
+    timings = {}
+    for name, workload in workloads.items():
+        seconds, peaks = zip(*(turns[name] for turns in rounds), strict=True)
+        rates = [calls * workload.tokens / duration for duration in seconds]
+        timings[name] = Timing(rates, None if None in peaks else max(peaks), calls)
+    return timings
 
 
-def middle(values):
-    """(median, lower quartile, upper quartile) of numbers; the middle half lies between the quartiles."""
+def median_and_iqr(values):
+    """(median, lower quartile, upper quartile) of numbers; the interquartile range lies between the quartiles."""
     lower, median, upper = np.percentile(values, [25, 50, 75])
     return float(median), float(lower), float(upper)
 
 
 def ratios(timing, reference):
-    """The speed of each turn over that of the reference's turn in the same round."""
+    """The speed of each turn divided by that of the reference's turn in the same round."""
     return [a / b for a, b in zip(timing.rates, reference.rates, strict=True)]
 
 
 def utilisation(rate, flops, limit):
-    """The share of `limit` operations a second that `rate` tokens a second of `flops` operations are; None: n/a."""
+    """The share of `limit`, in FLOP/s, that `rate` tokens/s of `flops` FLOPs each reach; None where one is unknown."""
     return rate * flops / limit if flops and limit else None

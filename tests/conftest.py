@@ -64,7 +64,8 @@ def tiny(tmp_path, monkeypatch):
     write_dataset(tmp_path / "data" / "tiny")
 
     def make(**overrides):
-        return TrainConfig(**{**TINY, "out_dir": str(tmp_path / "run"), **overrides})
+        values = {**TINY, "out_dir": str(tmp_path / "run"), **overrides}
+        return TrainConfig(**{**values, "warmup_iters": min(values["warmup_iters"], values["max_iters"])})
 
     return make
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from engine import checkpoint
 from model import ACTIVATIONS
 from theory import basis_transfer as bt
-from theory import basis_transfer_report as report
+from theory import basis_transfer_report
 from theory import basis_transfer_target as targets
 
 SMALL = dict(
@@ -29,14 +29,14 @@ seeds = st.integers(0, 2**31)
 
 @pytest.fixture
 def small(tmp_path):
-    """Makes BasisTransferConfigs of a second."""
+    """Makes BasisTransferConfigs for experiments of about a second."""
     return lambda **overrides: bt.BasisTransferConfig(**{**SMALL, "out_dir": str(tmp_path / "out"), **overrides})
 
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    """Leave out the drawing, which takes longer than the small runs."""
-    monkeypatch.setattr(report, "draw", lambda *_: None)
+    """Do not draw figures, which takes longer than the small runs."""
+    monkeypatch.setattr(basis_transfer_report, "draw", lambda *_: None)
 
 
 def without_time(results):
@@ -74,7 +74,7 @@ KINDS = ("identity", "orthogonal", "gaussian", "gaussian:1", "gaussian:30")
 def test_other_targets_are_the_composition_of_equation_3(seed, h, first, second):
     W1, W2, _ = (m.double() for m in targets.make_target("identity/identity", h, seed))
     target = targets.Target(*(m.double() for m in targets.make_target(f"{first}/{second}", h, seed)))
-    # The two bases, from how they have changed the MLP.
+    # Recover the two bases from the MLP that they have changed.
     omega_1, inverse = target.W2 @ torch.linalg.pinv(W2), torch.linalg.pinv(W1) @ target.W1
     omega_2 = torch.linalg.inv(inverse)
     x, relu = torch.randn(7, h, dtype=torch.float64), torch.relu
@@ -102,11 +102,11 @@ def test_the_linear_baseline_is_numpys_least_squares(seed, h, n, ridge, data):
     x, y = generator.normal(size=(2, n, h)).astype(np.float32)
     fit = bt.LinearFit(h)
     start = 0
-    while start < n:  # in chunks of any size
+    while start < n:  # in chunks of random sizes
         stop = start + data.draw(st.integers(1, n - start))
         fit.add(torch.from_numpy(x[start:stop]), torch.from_numpy(y[start:stop]))
         start = stop
-    # Ridge regression is least squares with √λ·I as h more inputs, each with the output 0.
+    # Ridge regression is least squares with the rows of √λ·I as h additional inputs whose outputs are 0.
     more = np.concatenate((x, math.sqrt(ridge) * np.eye(h))), np.concatenate((y, np.zeros((h, h))))
     want = np.linalg.lstsq(*more, rcond=None)[0].T
     np.testing.assert_allclose(fit.solve(ridge).numpy(), want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
@@ -115,8 +115,8 @@ def test_the_linear_baseline_is_numpys_least_squares(seed, h, n, ridge, data):
 
 def test_the_linear_baseline_at_h_256_has_the_papers_9_to_10_percent(small, no_figures):
     cfg = small(h=(256,), seeds=(0, 1, 2), steps=0, linear_samples=20_000, test_samples=1000)
-    results = bt.study(cfg)
-    errors, cosines = ([result["linear"][m]["mean"] for result in results] for m in report.MEASURES)
+    results = bt.run_all(cfg)
+    errors, cosines = ([result["linear"][m]["mean"] for result in results] for m in basis_transfer_report.MEASURES)
     assert 0.09 < np.mean(errors) < 0.103
     assert np.mean(cosines) == pytest.approx(0.995, abs=5e-4)
     assert "model" not in results[0]
@@ -129,7 +129,7 @@ def test_the_linear_baseline_at_h_256_has_the_papers_9_to_10_percent(small, no_f
 @given(seed=seeds, activation=activations, name=st.sampled_from(("paper", "gaussian/orthogonal")))
 def test_a_width_of_6h_represents_every_target(seed, activation, name):
     cfg = bt.BasisTransferConfig(**{**SMALL, "width_ratio": 6.0, "activation": activation, "linear_samples": 100})
-    run = bt.Run(cfg, name, 12, seed)
+    run = bt.TransferRun(cfg, name, 12, seed)
     W1, W2, L = run.target
     eye = torch.eye(12)
     run.mlp.c_fc.weight.data = torch.cat((W1, eye, -eye))
@@ -144,7 +144,7 @@ def test_a_width_of_6h_represents_every_target(seed, activation, name):
 def test_a_step_is_adamw_with_clipping_and_a_cosine(small):
     """Against AdamW written out, on the gradient of equation (5)'s loss written out, in float64."""
     cfg = small(steps=8, learning_rate=0.02, grad_clip=0.05)
-    run = bt.Run(cfg, "paper", 12, 3)
+    run = bt.TransferRun(cfg, "paper", 12, 3)
     W = [p.detach().double().requires_grad_() for p in (run.mlp.c_fc.weight, run.mlp.c_proj.weight)]
     target = targets.Target(*(m.double() for m in run.target))
     m, v = ([torch.zeros_like(w) for w in W] for _ in range(2))
@@ -171,10 +171,10 @@ def test_a_step_is_adamw_with_clipping_and_a_cosine(small):
 
 
 def test_bfloat16_trains_as_float32_does(small, no_figures):
-    exact, rounded = (bt.study(small(dtype=d, out_dir=small().out_dir + d))[0] for d in ("float32", "bfloat16"))
+    exact, rounded = (bt.run_all(small(dtype=d, out_dir=small().out_dir + d))[0] for d in ("float32", "bfloat16"))
     assert rounded["dtype"] == "bfloat16"
     assert exact["curve"] != rounded["curve"]
-    for measure in report.MEASURES:
+    for measure in basis_transfer_report.MEASURES:
         assert rounded["model"][measure]["mean"] == pytest.approx(exact["model"][measure]["mean"], rel=0.02)
 
 
@@ -186,20 +186,20 @@ def test_a_compiled_loss_is_the_same(small, monkeypatch):
         return compile_(function, backend="eager")
 
     monkeypatch.setattr(torch, "compile", record)
-    plain = bt.Run(small(), "paper", 12, 0)  # on a CPU
+    plain = bt.TransferRun(small(), "paper", 12, 0)  # on a CPU
     assert not compiled
-    run = bt.Run(small(compile=True), "paper", 12, 0)
+    run = bt.TransferRun(small(compile=True), "paper", 12, 0)
     assert len(compiled) == 1
     x = run.inputs("train", 0, 32)
     assert run.loss(x).item() == pytest.approx(plain.loss(x).item(), rel=1e-6)
 
 
-def test_a_killed_study_ends_in_the_same_numbers(small, monkeypatch, no_figures):
+def test_a_killed_experiment_ends_with_the_same_numbers(small, monkeypatch, no_figures):
     options = dict(seeds=(0, 1), targets=("paper", "gaussian:5/same"), linear_samples=9000, steps=220)
-    whole = bt.study(small(**options, out_dir=small().out_dir + "-whole"))
+    whole = bt.run_all(small(**options, out_dir=small().out_dir + "-whole"))
     clock, calls, saves = [0.0], [0], []
 
-    def time_passes():  # two seconds a call
+    def time_passes():  # each call takes two seconds
         clock[0] += 2
         return clock[0]
 
@@ -212,22 +212,22 @@ def test_a_killed_study_ends_in_the_same_numbers(small, monkeypatch, no_figures)
 
         return wrapped
 
-    def save(run, original=bt.Run.save):
+    def save(run, original=bt.TransferRun.save):
         saves.append(clock[0])
         original(run)
 
     monkeypatch.setattr(bt.time, "perf_counter", time_passes)
-    monkeypatch.setattr(bt.Run, "update", kill_sometimes(bt.Run.update))
+    monkeypatch.setattr(bt.TransferRun, "update", kill_sometimes(bt.TransferRun.update))
     monkeypatch.setattr(bt.LinearFit, "add", kill_sometimes(bt.LinearFit.add))
-    monkeypatch.setattr(bt.Run, "save", save)
+    monkeypatch.setattr(bt.TransferRun, "save", save)
     kills = 0
     while True:
         try:
-            resumed = bt.study(small(**options, resume=True))
+            resumed = bt.run_all(small(**options, resume=True))
             break
         except RuntimeError:
             kills += 1
-            saves.append(clock[0])  # what a kill loses begins at the last save, or at the start of the process
+            saves.append(clock[0])  # a kill loses what came after the last save or the start of the process
     assert kills == 5
     assert without_time(resumed) == without_time(whole)
     assert max(b - a for a, b in itertools.pairwise(saves)) < 60
@@ -235,17 +235,17 @@ def test_a_killed_study_ends_in_the_same_numbers(small, monkeypatch, no_figures)
     assert calls[0] > 4 * 220  # all four runs were trained here
 
 
-def test_ctrl_c_keeps_the_last_step_and_says_how_to_go_on(monkeypatch, command, tmp_path, no_figures):
+def test_ctrl_c_keeps_the_last_step_and_says_how_to_continue(monkeypatch, command, tmp_path, no_figures):
     arguments = [f"--out_dir={tmp_path / 'out'}", "--h=12", "--seeds=0", "--steps=60", "--batch=32"]
     arguments += ["--linear_samples=5000", "--test_samples=500"]
 
-    def interrupt(run, original=bt.Run.update):
+    def interrupt(run, original=bt.TransferRun.update):
         original(run)
         if run.step == 25:
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bt.Run, "update", interrupt)
+        patch.setattr(bt.TransferRun, "update", interrupt)
         status, out, _ = command(bt.main, *arguments)
     assert status == 130
     assert "stopped at step 25" in out
@@ -256,14 +256,14 @@ def test_ctrl_c_keeps_the_last_step_and_says_how_to_go_on(monkeypatch, command, 
     assert status == 0
     assert "step 60/60" in out
     # Finished runs are read, not trained again; a seed can be added.
-    monkeypatch.setattr(bt.Run, "update", None)
-    monkeypatch.setattr(bt.Run, "evaluate", None)
+    monkeypatch.setattr(bt.TransferRun, "update", None)
+    monkeypatch.setattr(bt.TransferRun, "evaluate", None)
     assert command(bt.main, *arguments, "--resume")[0] == 0
     with pytest.raises(TypeError):
         bt.main([*arguments, "--seeds=0,1", "--resume"])
 
 
-def test_the_quick_study_beats_the_best_matrix_and_reports_what_it_measured(command, tmp_path, monkeypatch):
+def test_the_quick_experiment_beats_the_best_linear_map_and_reports_what_it_measured(command, tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
     drawn = []
@@ -295,10 +295,14 @@ def test_the_quick_study_beats_the_best_matrix_and_reports_what_it_measured(comm
     assert f"{np.mean(ratios):.2f} ± {np.std(ratios, ddof=1):.2f}" in table
     assert "| 600 × 128 |" in table
     assert "trained 600 steps × 128 inputs (the paper: 20,000 × 65,536); learning_rate=0.03" in table
-    # The figures show every held-out input of both seeds: errors of the model and of the matrix, then cosines.
+    # The figures show every held-out input of both seeds: errors of the model and of the linear map, then cosines.
     drawn = drawn[-4:]
     assert [len(values) for values in drawn] == 4 * [2 * 32_768]
-    means = [np.mean([run[method][m]["mean"] for run in runs]) for m in report.MEASURES for method in report.METHODS]
+    means = [
+        np.mean([run[method][m]["mean"] for run in runs])
+        for m in basis_transfer_report.MEASURES
+        for method in basis_transfer_report.METHODS
+    ]
     assert [values.mean() for values in drawn] == pytest.approx(means * np.array([100, 100, 1, 1]))
     for name in ("figure1.png", "figure2.png"):
         assert (tmp_path / name).stat().st_size > 10_000
@@ -308,11 +312,11 @@ def test_the_quick_study_beats_the_best_matrix_and_reports_what_it_measured(comm
 @given(seed=seeds, h=st.integers(1, 9), n=st.integers(1, 20))
 def test_errors_and_cosines(seed, h, n):
     y, z = np.random.default_rng(seed).normal(size=(2, n, h))
-    got = report.compare(torch.from_numpy(z), torch.from_numpy(y))
+    got = basis_transfer_report.errors_and_cosines(torch.from_numpy(z), torch.from_numpy(y))
     for i in range(n):
         assert got["error"][i].item() == pytest.approx(math.dist(y[i], z[i]) / math.hypot(*y[i]))
         assert got["cosine"][i].item() == pytest.approx(y[i] @ z[i] / math.hypot(*y[i]) / math.hypot(*z[i]))
-    values = report.statistics(got["error"])
+    values = basis_transfer_report.statistics(got["error"])
     assert values["mean"] == pytest.approx(got["error"].numpy().mean())
     assert values["quantiles"]["0.95"] == pytest.approx(np.quantile(got["error"].numpy(), 0.95))
 
@@ -331,17 +335,17 @@ def test_mistakes_end_in_one_line(refuses, small, tmp_path, no_figures):
     refuses(bt.main, "--h=1", words=["h must be 2 or more"])
     refuses(bt.main, "--h=10", "--width_ratio=0.25", words=["width_ratio=0.25", "h=10"])
     refuses(bt.main, "--seeds=", words=["seeds"])
-    refuses(bt.main, "--seeds=1,1", words=["seeds", "each once"])
-    refuses(bt.main, "--seeds=-1", words=["seeds", "negative"])
+    refuses(bt.main, "--seeds=1,1", words=["seeds must be different values"])
+    refuses(bt.main, "--seeds=-1", words=["seeds must be zero or positive"])
     refuses(bt.main, "--batch=0", words=["batch must be positive"])
     refuses(bt.main, "--ridge=-1", words=["ridge"])
     refuses(bt.main, "--device=cpu", "--dtype=tf32", f"--out_dir={tmp_path / 'none'}", words=["tf32", "CUDA"])
     assert not (tmp_path / "none").exists()
     cfg = small(steps=2)
-    bt.study(cfg)
+    bt.run_all(cfg)
     again = ["--h=12", "--seeds=0", "--steps=2", "--batch=32", "--device=cpu", f"--out_dir={cfg.out_dir}"]
-    refuses(bt.main, *again, words=["holds runs", "--resume"])
-    refuses(bt.main, *again, "--resume", words=["linear_samples is 5000", "another run"])
+    refuses(bt.main, *again, words=["already contains runs", "--resume"])
+    refuses(bt.main, *again, "--resume", words=["linear_samples", "5000", "other options"])
     (path,) = Path(cfg.out_dir).glob("*.pt")
     checkpoint.save(path, model={})
-    refuses(bt.main, *again, "--resume", words=[path, "no checkpoint of this command"])
+    refuses(bt.main, *again, "--resume", words=[path, "not a checkpoint of this experiment"])

@@ -1,4 +1,4 @@
-"""The command that rewrites checkpoints: what it writes loads, samples, trains on and has the same loss."""
+"""The command that rewrites checkpoints: the new checkpoint loads, samples, continues training, has the same loss."""
 
 import dataclasses
 import itertools
@@ -22,7 +22,7 @@ SCHEDULE = dict(max_iters=200, learning_rate=3e-2, eval_interval=1000, eval_wind
 
 @pytest.fixture
 def trained(tiny):
-    """Trains a run in out/run, of attention skips only unless told otherwise; its TrainConfig."""
+    """Trains a run in out/run, by default with attention skips only, and returns its TrainConfig."""
 
     def make(**changes):
         cfg = tiny(**{**ATTENTION_SKIP_ONLY, **SCHEDULE, "out_dir": "out/run", **changes})
@@ -39,7 +39,7 @@ def options(**changes):
 
 
 def validation_loss(cfg, path):
-    """The loss of a checkpoint's weights on all of val.bin, by train.py."""
+    """The loss of a checkpoint's weights on all of val.bin, computed by train.py."""
     return train.train(dataclasses.replace(cfg, init_from=str(path), eval_only=True, out_dir="out/none"))["val_loss"]
 
 
@@ -81,7 +81,7 @@ def test_a_trained_model_has_the_same_loss_without_the_projection(trained, chang
     assert sizes[0] - sizes[1] == 2 * (16**2 + 16 * model.config.bias)
 
 
-def test_the_new_file_samples_the_same_text_and_trains_on(trained):
+def test_the_new_file_samples_the_same_text_and_can_be_trained_further(trained):
     cfg = trained()
     eliminate.eliminate(options())
     texts = [
@@ -106,9 +106,9 @@ def test_what_it_prints(trained, command):
     assert status == 0
     found = checkpoint.load("out/run/new.pt")["eliminated"]
     for line in (
-        "out/run/ckpt.pt, step 200: W_Q = I by Theorem 4.1",
-        f"layer 0: condition number of W_Q {found['cond'][0]:.4g}",
-        f"layer 1: condition number of W_Q {found['cond'][1]:.4g}",
+        "rewriting out/run/ckpt.pt, step 200\nW_Q = I by Theorem 4.1\n",
+        f"layer 0: W_Q has condition number {found['cond'][0]:.4g}",
+        f"layer 1: W_Q has condition number {found['cond'][1]:.4g}",
         f"parameters: {found['parameters'][0]:,} → {found['parameters'][1]:,} (-512)",
         "python sample.py --out_dir=out/run --ckpt=new.pt",
         "--wq_identity=True --init_from=out/run/new.pt",
@@ -142,7 +142,7 @@ def test_a_single_head_needs_no_inverse_and_may_have_a_norm(trained, capsys):
     found = eliminate.eliminate(options())
     assert found["result"] == "Proposition 4.1"
     assert found["cond"] == {}
-    assert "inverts nothing" in capsys.readouterr().out
+    assert "inverts no matrix" in capsys.readouterr().out
     assert found["real"]["float64"]["relative"] < 1e-12
 
 
@@ -150,13 +150,15 @@ def test_it_says_why_there_are_no_real_tokens(trained, capsys):
     trained(max_iters=1)
     Path("data/tiny").rename("data/gone")
     assert eliminate.eliminate(options())["real"] is None
-    assert "real tokens: no token bins: data/tiny/train.bin" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "not compared on validation text: " in out
+    assert "data/tiny/train.bin" in out
     Path("data/gone").rename("data/tiny")
     manifest = data.read_manifest("data/tiny")
     manifest["splits"]["val"]["sha256"] = "another"
     data.write_manifest("data/tiny", **{name: value for name, value in manifest.items() if name != "format"})
     assert eliminate.eliminate(options(out="out/newer/ckpt.pt"))["real"] is None
-    assert "is not the data of the checkpoint" in capsys.readouterr().out
+    assert "data/tiny is not the data that the checkpoint was trained on" in capsys.readouterr().out
 
 
 def test_nanogpt_checkpoints_are_rewritten_too(trained, capsys):
@@ -169,7 +171,8 @@ def test_nanogpt_checkpoints_are_rewritten_too(trained, capsys):
     assert found["real"] is None
     assert found["random"]["float64"]["relative"] < 1e-12
     out = capsys.readouterr().out
-    assert "does not say what it was trained on" in out
+    assert "does not name its dataset" in out
+    assert "--wq_identity=True --init_from=ours/ckpt.pt" in out
     assert "has no run.json" in out
     assert checkpoint.load("ours/ckpt.pt")["step"] == 7
 
@@ -177,10 +180,15 @@ def test_nanogpt_checkpoints_are_rewritten_too(trained, capsys):
 def test_nothing_is_overwritten(trained, refuses):
     trained(max_iters=1)
     before = Path("out/run/ckpt.pt").read_bytes()
-    refuses(eliminate.main, "--ckpt=out/run/ckpt.pt", "--out=out/run/ckpt.pt", words=["out/run/ckpt.pt exists already"])
+    refuses(eliminate.main, "--ckpt=out/run/ckpt.pt", "--out=out/run/ckpt.pt", words=["out/run/ckpt.pt already exists"])
     Path("out/other").mkdir()
     Path("out/other/run.json").write_text("{}")
-    refuses(eliminate.main, "--ckpt=out/run/ckpt.pt", "--out=out/other/new.pt", words=["out/other holds another run"])
+    refuses(
+        eliminate.main,
+        "--ckpt=out/run/ckpt.pt",
+        "--out=out/other/new.pt",
+        words=["out/other already contains another run"],
+    )
     assert not Path("out/other/new.pt").exists()
     assert Path("out/run/ckpt.pt").read_bytes() == before
 
@@ -194,7 +202,7 @@ def test_nothing_is_overwritten(trained, refuses):
         (dict(wq_identity=True), [], ["wq_identity=True", "already"]),
         (dict(), ["--max_cond=1.5"], ["layer 0", "badly conditioned", "max_cond=1.5"]),
         (dict(pos="rope"), ["--gauge=balanced"], ["pos=rope"]),
-        (dict(), ["--layer=2"], ["layer=2"]),
+        (dict(), ["--layer=2"], ["layer must be", "below 2", "got 2"]),
     ],
 )
 def test_what_cannot_be_rewritten_ends_in_one_line(trained, refuses, changes, arguments, words):

@@ -102,7 +102,7 @@ def test_lemma_8_1_the_conjugation(seed, d, eps, batch):
         # f is L⁻¹ ∘ M₀ ∘ L, where that can be computed.
         if length**2 < 1e4 * eps:
             torch.testing.assert_close(ln.layer_norm_inverse(ln.centre(want), eps), f, rtol=1e-6, atol=1e-8)
-        # Any shorter λ will do, of either sign; a longer one leaves the ball in the direction that M₀ keeps.
+        # Any smaller |λ| works, with either sign; a larger one leaves the ball in the direction whose length M₀ keeps.
         g = ln.conjugate(x, -0.6 * M, eps)
         torch.testing.assert_close(ln.layer_norm(g, eps), -0.6 * want, rtol=1e-6, atol=1e-6)
     longest = torch.linalg.svd(M - M.mean(-1, keepdim=True)).Vh[..., 0, :]
@@ -156,7 +156,7 @@ def test_theorem_8_2_equation_9_and_the_freedom_of_scale(seed, d, eps, scale):
     assert ln.equation_9_gap(x, theta + 0.1 * randn(seed + 6, d, d), norm, mlp, rewritten) > 1e-4
 
 
-def test_theorem_8_2_has_no_solution_where_v_has_a_zero_but_for_a_constant_row():
+def test_theorem_8_2_has_no_solution_where_v_has_a_zero_except_for_a_constant_row():
     for seed, d in enumerate((3, 5, 9)):
         gain, mlp = randn(seed, d).abs() + 0.2, random_mlp(seed, d)
         row = randn(seed + 1, d)
@@ -226,7 +226,7 @@ def test_remark_4_dynamic_tanh_needs_a_box_in_a_box(seed, d):
     rewritten = ln.dyt_theorem_8_2(theta, alpha, gamma, beta, mlp, new_alpha=torch.tensor(-0.7, dtype=torch.float64))
     x = randn(seed + 5, 50, d)
     assert ln.equation_9_gap(x, theta, lambda u: ln.dynamic_tanh(u, alpha, gamma, beta), mlp, rewritten) < 1e-10
-    # The old gain, though bijective onto its image, does not do: Θ leads out of its box.
+    # It is not enough that the old norm is one to one onto its image: Θ maps out of a smaller box.
     worst = 30 * torch.sign(theta[0] * gamma) / alpha
     image = ln.matvec(theta, ln.dynamic_tanh(worst, alpha, gamma, 0.0))
     assert image[0].item() == pytest.approx(rewritten.gain[0].item())
@@ -284,7 +284,7 @@ def test_remark_3_holds_for_unit_vectors_in_huge_dimensions_and_not_for_residual
 def test_remark_3_images_without_the_matrix_have_its_distribution():
     # Inner products of images of two vectors: mean x·y, variance (|x|²|y|² + (x·y)²)/d, however they are drawn.
     two = torch.tensor([[3.0, 0, 0, 0, 0, 0], [0.6, 0.8, 0, 0, 0, 0]], dtype=torch.float64)
-    for x in (two, torch.cat((two, torch.ones(6, 6)))):  # fewer inputs than dimensions, and more
+    for x in (two, torch.cat((two, torch.ones(6, 6)))):  # fewer inputs than dimensions, then more
         generator = torch.Generator().manual_seed(0)
         images = torch.stack([layernorm_linearity.gaussian_images(x, generator) for _ in range(4000)])
         products = (images[:, 0] * images[:, 1]).sum(-1)

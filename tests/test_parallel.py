@@ -71,7 +71,7 @@ def test_two_processes_are_the_run_of_one_sharded_or_not_and_go_on_from_each_oth
 def test_a_batch_that_does_not_divide_among_processes_is_refused(tiny):
     assert tiny(batch_size=2).sequences_per_process(2) == 4
     with pytest.raises(
-        ValueError, match=r"tokens_per_step=128 .* 32 tokens .* in each of 3 processes.*: the nearest is 96 or 192"
+        ValueError, match=r"not divisible by processes × batch_size × block_size = 96 \(nearest: 96, 192"
     ):
         tiny(batch_size=2).sequences_per_process(3)
 

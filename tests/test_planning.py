@@ -1,6 +1,5 @@
-"""The plan: memory is what autograd keeps, speed is what a utilisation means, and only the measured is so called."""
+"""Planning: memory is what autograd keeps, speed follows from utilisation, and 'measured' is what was measured."""
 
-import collections
 import dataclasses
 import json
 
@@ -18,15 +17,16 @@ H100 = "NVIDIA H100 80GB HBM3"
 
 
 def test_memory_of_the_124m_model_by_hand():
-    need = planning.memory(GPTConfig(), batch_size=12)
+    need = planning.training_memory(GPTConfig(), batch_size=12)
     assert need.states == 16 * 124_373_760 + 2 * (84_934_656 + 50_304 * 768)
     assert need.logits == 12 * 1024 * 50_304 * 14
     assert need.activations == 12 * 1024 * (12 * (36 * 768 + 4 * 12 + 16) + 6 * 768 + 8)
-    recomputed = planning.memory(GPTConfig(), batch_size=12, recompute=True)
+    recomputed = planning.training_memory(GPTConfig(), batch_size=12, recompute=True)
     assert recomputed.activations == 12 * 1024 * (12 * 4 * 768 + 36 * 768 + 4 * 12 + 16 + 6 * 768 + 8)
-    chunked = planning.memory(GPTConfig(), batch_size=12, chunked_loss=True)
+    chunked = planning.training_memory(GPTConfig(), batch_size=12, chunked_loss=True)
     assert chunked.logits == 10 * 2**26 + 4 * 768 * 50_304 + 2 * 12 * 1024 * 768
-    assert planning.memory(GPTConfig(), 12, pieces=8).states == 2 * 124_373_760 + 2 * (84_934_656 + 50_304 * 768)
+    sharded = planning.training_memory(GPTConfig(), 12, n_shards=8)
+    assert sharded.states == 2 * 124_373_760 + 2 * (84_934_656 + 50_304 * 768)
 
 
 @pytest.mark.parametrize(
@@ -47,10 +47,10 @@ def test_activations_are_what_autograd_keeps(changes, monkeypatch):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
         _, loss = model(idx, idx)
-    need, tokens = planning.memory(config, batch_size=2), idx.numel()
+    need, tokens = planning.training_memory(config, batch_size=2), idx.numel()
     copies = 2 * (cost(config).attn_mlp + 320 * config.n_embd)  # counted among the states
     log_probabilities = 4 * tokens * 320  # counted among the logits
-    # To within the one number that the loss counts its targets with.
+    # The 4 bytes are the number of targets, which the loss keeps.
     assert sum(storage.nbytes() for storage in kept.values()) - copies - log_probabilities == need.activations + 4
 
 
@@ -71,17 +71,16 @@ def measured_file(path, cfg, device=H100, dtype="bfloat16", of_peak=0.45):
 
 
 def test_the_plan_has_each_combination_and_marks_what_was_measured(tmp_path):
-    cfg = bench.BenchConfig(plan=True, batch_size=12)
-    path = measured_file(tmp_path / "speed.json", cfg.train_config())
-    planned = planning.rows(cfg, planning.read_measured(path))
-    combinations = [(row["gpu"], row["size"], row["model"], row["n_gpus"]) for row in planned]
+    cfg = TrainConfig(batch_size=12)
+    path = measured_file(tmp_path / "speed.json", cfg)
+    rows = planning.plan_rows(cfg, planning.read_measured(path))
+    combinations = [(row["gpu"], row["size"], row["model"], row["n_gpus"]) for row in rows]
     assert len(set(combinations)) == len(combinations) == len(hardware.DATASHEETS) * 4 * 2 * 2
-    marks = collections.Counter(row["basis"] for row in planned)
-    assert marks["measured"] == 2
-    assert not [row for row in planning.rows(cfg) if row["basis"] == "measured"]
-    by_name = dict(zip(combinations, planned, strict=True))
+    assert [row["basis"] for row in rows].count("measured") == 2
+    assert not [row for row in planning.plan_rows(cfg) if row["basis"] == "measured"]
+    by_name = dict(zip(combinations, rows, strict=True))
     small = "124M (this configuration)"
-    one, eight = (by_name[H100, small, "baseline", n] for n in planning.GPUS)
+    one, eight = (by_name[H100, small, "baseline", n] for n in planning.GPU_COUNTS)
     assert one["basis"] == "measured" and eight["basis"] == "extrapolated"
     operations = 6 * (84_934_656 + 50_304 * 768) + 12 * 12 * 768 * 1024
     assert one["tokens_per_second"] == pytest.approx(0.45 * 989.4e12 / operations)
@@ -90,7 +89,7 @@ def test_the_plan_has_each_combination_and_marks_what_was_measured(tmp_path):
     assert one["days"] / by_name[H100, small, "reduced", 1]["days"] == pytest.approx(
         operations / (operations - 6 * 12 * 768**2)
     )
-    large = by_name[H100, "1.3B", "baseline", 1]  # which computes its blocks' forward pass twice
+    large = by_name[H100, "1.3B", "baseline", 1]  # with recompute: its blocks' forward pass runs twice
     d, d_layers = 2048, 24
     products, attention = 6 * (12 * d**2 * d_layers), 12 * d_layers * d * 1024
     operations = (products + attention) * 4 / 3 + 6 * d * 50_304
@@ -102,10 +101,10 @@ def test_the_plan_has_each_combination_and_marks_what_was_measured(tmp_path):
 
 def test_a_micro_batch_fits_and_the_next_larger_does_not():
     cfg = TrainConfig(batch_size=12)
-    limit = planning.memory(cfg.model_config(), 6).total
-    assert planning.fitting_batch_size(cfg, limit, 1) == 6
-    assert planning.fitting_batch_size(cfg, limit - 1, 1) == 3
-    assert planning.fitting_batch_size(cfg, 10**9, 1) is None
+    limit = planning.training_memory(cfg.model_config(), 6).total
+    assert planning.fitting_batch_size(cfg, limit, n_shards=1) == 6
+    assert planning.fitting_batch_size(cfg, limit - 1, n_shards=1) == 3
+    assert planning.fitting_batch_size(cfg, 10**9, n_shards=1) is None
 
 
 def test_the_printed_plan(tmp_path, capsys):
@@ -120,11 +119,11 @@ def test_the_printed_plan(tmp_path, capsys):
     assert any("| — | — | does not fit |" in line for line in printed.splitlines())
 
 
-def test_a_measured_file_that_says_nothing_is_refused(refuses, tmp_path):
+def test_a_file_without_the_utilisation_in_bfloat16_is_refused(refuses, tmp_path):
     cfg = TrainConfig()
     path = measured_file(tmp_path / "cpu.json", cfg, device="Intel(R) Xeon(R) Processor", of_peak=None)
-    refuses(bench.main, "--plan", f"--measured={path}", words=[path, "no utilisation", "Xeon"])
+    refuses(bench.main, "--plan", f"--measured={path}", words=[path, "the utilisation of a training step", "Xeon"])
     path = measured_file(tmp_path / "float32.json", cfg, dtype="float32")
-    refuses(bench.main, "--plan", f"--measured={path}", words=[path, "float32"])
+    refuses(bench.main, "--plan", f"--measured={path}", words=[path, "in bfloat16", "in float32"])
     path.write_text("{}")
-    refuses(bench.main, "--plan", f"--measured={path}", words=[path, "no JSON file of bench.py"])
+    refuses(bench.main, "--plan", f"--measured={path}", words=[path, "must name a JSON file of measurements"])

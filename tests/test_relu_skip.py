@@ -1,4 +1,4 @@
-"""Section 8.2 of the paper: what holds, what does not, and the search for J."""
+"""Section 8.2 of the paper: what is true, what is not, and the search for J."""
 
 import itertools
 
@@ -40,7 +40,7 @@ def test_theorem_8_3_the_planted_subset_absorbs_the_skip(seed, h, ratio, data):
     assert relu_skip.absorption_gap(points(h), W1, W2, V1, V2, Z) < 1e-13 * condition * m
     # Another subset does not, and is refused.
     J[data.draw(st.integers(0, m - 1))] ^= True
-    with pytest.raises(ValueError, match="is not −Z"):
+    with pytest.raises(ValueError, match="must equal −Z"):
         relu_skip.theorem_8_3(W1, W2, J, Z)
 
 
@@ -53,7 +53,7 @@ def test_theorem_8_3_the_search_finds_a_subset_where_one_was_planted(seed, h, da
     assert search.exhaustive
     if h >= 4:  # at most one J then
         assert torch.equal(search.subset, J)
-    # One entry away from the instance there is none.
+    # Changing a neuron in J leaves no J; changing another neuron does not matter.
     W2[0, 0] += 0.1 if J[0] else 0.0
     W1[0, 0] += 0.0 if J[0] else 0.1
     moved = relu_skip.find_subset(W1, W2, tol=1e-7)
@@ -96,8 +96,8 @@ def test_the_search_is_exact_at_any_width_where_neurons_are_independent_and_says
 @settings(max_examples=20)
 @given(seed=seeds, m=st.integers(2, 7))
 def test_theorem_8_3_only_if_signs_and_gains_are_all_there_is_when_kinks_are_distinct(seed, m):
-    # Independently of J: V must be W with rows scaled (which changes nothing) and some negated, each with V₂ = W₂ by
-    # the kinks' sizes. Of the 2^m such V, one absorbs the skip if and only if the search finds a J.
+    # Without using J: V must be W with rows scaled (which changes nothing) and some negated, and V₂ = W₂ by the sizes
+    # of the kinks. Of the 2^m such V, one absorbs the skip if and only if the search finds a J.
     h, generator = 2, rng(seed)
     if seed % 2:
         W1, W2, _ = relu_skip.planted_instance(h, min(m, 2 + seed % 3), generator, m)
@@ -156,7 +156,7 @@ def test_h_more_neurons_always_absorb_the_skip(seed, h, extra):
 def test_merging_neurons_keeps_the_function(seed, h):
     W1 = torch.randint(-1, 2, (12, h), generator=rng(seed)).double()
     W2 = torch.randint(-1, 2, (h, 12), generator=rng(seed + 1)).double()
-    small1, small2 = relu_skip.merged(W1, W2)
+    small1, small2 = relu_skip.merge_neurons(W1, W2)
     x = points(h)
     torch.testing.assert_close(relu_skip.relu_mlp(x, small1, small2), relu_skip.relu_mlp(x, W1, W2))
     if len(small1):
@@ -185,5 +185,5 @@ def test_corollary_8_3_1_is_false_as_stated_every_weight_has_exceptions(seed, h,
 
 def test_a_planted_subset_has_between_h_and_m_elements():
     for size in (2, 13):
-        with pytest.raises(ValueError, match="at least h = 3"):
+        with pytest.raises(ValueError, match="at least h=3"):
             relu_skip.planted_instance(3, size, rng(0))

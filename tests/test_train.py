@@ -376,11 +376,11 @@ def finished(tiny):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({}, ["run holds a run", "--resume", "--out_dir"]),
+        ({}, ["run already contains a run", "--resume", "--out_dir"]),
         (dict(resume=True, n_embd=32), ["ckpt.pt", "n_embd is 16 in the checkpoint and 32 here", "--out_dir"]),
         (dict(resume=True, attn_scale=0.5), ["attn_scale is 1.0 in the checkpoint and 0.5 here"]),
         (dict(resume=True, data_seed=3), ["data_seed is 1337 in the checkpoint and 3 here"]),
-        (dict(resume=True, max_iters=3), ["4 steps already", "max_iters=3"]),
+        (dict(resume=True, max_iters=3, warmup_iters=0), ["4 steps already", "max_iters=3"]),
         (dict(out_dir="new", init_from="run/ckpt.pt", n_layer=3), ["n_layer is 2 in the checkpoint and 3 here"]),
         (dict(out_dir="new", init_from="nowhere.pt"), ["nowhere.pt"]),
         (dict(out_dir="new", eval_only=True), ["new/ckpt.pt"]),
@@ -397,17 +397,24 @@ def test_a_run_is_not_overwritten_or_mixed_with_another(finished, refuses, chang
     ("changes", "words"),
     [
         (dict(vocab_size=49), ["vocab_size=50 or more", "vocab_size=49"]),
-        (dict(tokens_per_step=200), ["tokens_per_step=200", "128 or 256"]),
+        (
+            dict(tokens_per_step=200),
+            ["tokens_per_step=200 is not divisible by batch_size × block_size = 128 (nearest: 128, 256)"],
+        ),
         (dict(tokens_per_step=100), ["tokens_per_step=100", "128"]),
         (dict(block_size=600, tokens_per_step=4800), ["validation split", "block_size=600"]),
         (dict(block_size=5000, tokens_per_step=40000), ["training split", "block_size=5000"]),
         (dict(n_head=3), ["n_embd=16", "n_head=3"]),
         (dict(learning_rate=0), ["learning_rate must be positive"]),
-        (dict(seed=-1), ["seed must not be negative"]),
-        (dict(beta2=1), ["beta2=1.0"]),
+        (dict(seed=-1), ["seed must be zero or positive"]),
+        (dict(beta2=1), ["beta1 and beta2 must be below 1"]),
         (dict(device="gpu"), ["device=gpu"]),
         (dict(device="cuda:7"), ["device=cuda:7"]),
         (dict(dtype="float8"), ["dtype must be one of"]),
+        (dict(min_lr=1), ["min_lr must be at most learning_rate=0.01, got 1"]),
+        (dict(warmup_iters=50), ["warmup_iters must be at most max_iters=40, got 50"]),
+        (dict(dataset="other"), ["data/other/train.bin", "the datasets in data are tiny"]),
+        (dict(dataset="stdlib"), ["data/stdlib/train.bin", "`python prepare_owt.py --source=stdlib`"]),
         (dict(weigth_decay=0.1), ["weigth_decay", "did you mean weight_decay?"]),
         (dict(out_dir="data/tiny/train.bin"), ["data/tiny/train.bin"]),
     ],
@@ -459,7 +466,9 @@ def test_another_precision_on_resume_is_told(tiny, monkeypatch, capsys):
 
 def test_resuming_where_nothing_is_begins_a_run(tiny, command):
     tiny()
-    status, out, _ = command(train.main, *arguments(**{**TINY, "max_iters": 2, "out_dir": "new"}), "--resume")
+    status, out, _ = command(
+        train.main, *arguments(**{**TINY, "max_iters": 2, "warmup_iters": 0, "out_dir": "new"}), "--resume"
+    )
     assert status == 0
     assert "begins at step 0" in out
     assert Path("new/summary.json").exists()
@@ -468,7 +477,9 @@ def test_resuming_where_nothing_is_begins_a_run(tiny, command):
 def test_the_folder_is_named_by_the_config_files(tiny, tmp_path, command):
     tiny()
     Path("wide.py").write_text("n_embd = 32")
-    Path("tiny.py").write_text("\n".join(f"{name} = {value!r}" for name, value in {**TINY, "max_iters": 1}.items()))
+    Path("tiny.py").write_text(
+        "\n".join(f"{name} = {value!r}" for name, value in {**TINY, "max_iters": 1, "warmup_iters": 0}.items())
+    )
     assert command(train.main, "tiny.py", "wide.py", "--seed=3")[0] == 0
     assert json.loads(Path("out/tiny-wide/config.json").read_text())["n_embd"] == 32
     # Neither the files nor the options need be repeated to go on with it.

@@ -1,4 +1,4 @@
-"""What a trained model still obeys: the fit against brute force, models that obey exactly, and the two commands."""
+"""Trained models and the theorems: the fit against brute force, models that it fits exactly, and both commands."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ SHAPE = dict(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=16)
 
 
 def random_model(seed=0, std=0.5, **changes):
-    """A GPT of random weights, large enough for attention to choose."""
+    """A GPT with random weights, large enough for attention not to be uniform."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**{**SHAPE, **changes})).eval()
     for parameter in model.parameters():
@@ -80,7 +80,7 @@ def test_a_model_whose_heads_read_their_own_coordinates_loses_nothing(changes):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_general_model_does_not_obey_and_is_left_untouched(bias):
+def test_a_general_model_is_not_fitted_exactly_and_is_not_changed(bias):
     model = random_model(bias=bias)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     windows = random_tokens(), random_tokens(seed=2)
@@ -96,7 +96,7 @@ def test_a_general_model_does_not_obey_and_is_left_untouched(bias):
 
 
 @pytest.mark.parametrize("norm", ["none", "layernorm", "rmsnorm", "dyt"])
-def test_the_distances_from_the_hypotheses(norm):
+def test_the_distances_from_the_assumptions(norm):
     model, x = random_model(norm=norm), random_tokens()
     seen = {}
     block = model.transformer.h[1]
@@ -127,7 +127,7 @@ def test_the_commands_on_a_trained_model(tiny, command, changes):
     found = json.loads(Path("out/report/layers.json").read_text())
     assert found["loss"] == pytest.approx(validation_loss(cfg, "out/run/ckpt.pt"), abs=1e-5)  # all 31 windows
     assert len(found["layers"]) == 2
-    assert f"loss {found['loss']:.4f} nats" in out
+    assert f"loss {found['loss']:.4f} nats per target" in out
     assert f"{found['layers'][1]['loss_fitted'] - found['loss']:+.4f}" in Path("out/report/report.md").read_text()
     assert Path("out/report/spectra.png").stat().st_size > 10_000
 
@@ -148,21 +148,27 @@ def test_a_checkpoint_that_does_not_name_its_data(tiny, command, refuses):
     names = "block_size vocab_size n_layer n_head n_embd dropout bias".split()
     arguments = {name: state["model_config"][name] for name in names}
     torch.save({"model": state["model"], "model_args": arguments, "iter_num": 7}, "theirs.pt")
-    refuses(trained_model.main, "--ckpt=theirs.pt", words=["does not say what it was trained on", "--dataset="])
+    refuses(trained_model.main, "--ckpt=theirs.pt", words=["does not name its dataset", "--dataset="])
     status, out, error = command(trained_model.main, "--ckpt=theirs.pt", "--dataset=tiny", "--windows=3")
     assert status == 0, error
-    assert "theirs.pt, step 7; 3 validation windows" in out
+    assert "theirs.pt, step 7: loss " in out
+    assert "on 3 validation windows" in out
 
 
 @pytest.mark.parametrize(
     ("main", "changes", "arguments", "words"),
     [
-        (trained_model.main, dict(wq_identity=True), [], ["wq_identity=True", "baseline"]),
+        (trained_model.main, dict(wq_identity=True), [], ["wq_identity must be False", "baseline"]),
         (trained_model.main, dict(pos="rope"), [], ["pos=rope", "pos=learned"]),
         (trained_model.main, {}, ["--windows=0"], ["windows"]),
         (trained_model.main, {}, ["--ckpt=none.pt"], ["there is no checkpoint none.pt"]),
         (eliminate.main, {}, ["--approximate", "--which=k", "--out=out/new/ckpt.pt"], ["approximate", "which"]),
-        (eliminate.main, {}, ["--approximate", "--windows=none", "--out=out/new/ckpt.pt"], ["windows=none", "256"]),
+        (
+            eliminate.main,
+            {},
+            ["--approximate", "--windows=none", "--out=out/new/ckpt.pt"],
+            ["windows must be a number", "256", "got none"],
+        ),
         (eliminate.main, dict(pos="rope"), ["--approximate", "--out=out/new/ckpt.pt"], ["pos=rope"]),
     ],
 )

@@ -1,1 +1,1 @@
-"""The paper's results as functions on weights: one file a section."""
+"""The paper's results as functions on weights, one file per section; see theory/README.md."""

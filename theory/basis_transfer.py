@@ -1,16 +1,16 @@
-"""Section 5.1: can an MLP with a skip connection learn a change of basis? Gradient descent against the best matrix.
+"""Section 5.1: can an MLP with a skip connection learn a change of basis? Gradient descent against the best linear map.
 
     python -m theory.basis_transfer config/basis_transfer.py          the paper's protocol, for a CUDA GPU
-    python -m theory.basis_transfer config/basis_transfer_quick.py    h = 64 in about three CPU minutes
+    python -m theory.basis_transfer config/basis_transfer_quick.py    h = 64, about three minutes on one CPU core
     python -m theory.basis_transfer config/basis_transfer.py --resume
 
 If the residual stream has the basis Ω₂ before an MLP and Ω₁ after it, equation (3) asks for an MLP′ of the same shape
-with Ω₁ ∘ (MLP + Id) ∘ Ω₂⁻¹ ≈ MLP′ + Id. The model is equation (5), W₂′·σ(W₁′x) + x; the targets are those of
-`basis_transfer_target`. Exactly representable are identity/identity, any Ω₁ = Ω₂ (Theorem 4.2's case) and, because
-σ(u) − σ(−u) = u for GELU and ReLU, every target with width_ratio=6, where 2h neurons can make up for the skip.
+with Ω₁ ∘ (MLP + Id) ∘ Ω₂⁻¹ ≈ MLP′ + Id. The model is equation (5), W₂′·σ(W₁′x) + x; the targets are in
+`basis_transfer_target`. The model can represent exactly: identity/identity; any Ω₁ = Ω₂, the case of Theorem 4.2; and,
+with width_ratio=6, every target, because σ(u) − σ(−u) = u for GELU and ReLU, so 2h neurons represent any linear map.
 
-Inputs are standard Gaussian; the loss is the mean over samples of ‖ŷ − y‖²/‖y‖². What the paper does not say is chosen
-so: initial weights as nn.Linear draws them, AdamW's β as in torch (0.9, 0.999), a cosine down to 0, no warm-up.
+Inputs are standard Gaussian; the loss is the mean over samples of ‖ŷ − y‖²/‖y‖². Where the paper says nothing: initial
+weights as in nn.Linear, AdamW's β as in torch (0.9, 0.999), a cosine down to 0, no warm-up.
 """
 
 import dataclasses
@@ -26,13 +26,15 @@ from typing import Literal
 import torch
 
 import configurator
+from configurator import FilePath, require
 from engine import checkpoint, devices, signals
 from model import ACTIVATIONS, MLP, GPTConfig
-from theory import basis_transfer_report as report
+from theory import basis_transfer_report
 from theory.basis_transfer_target import Target, make_target, read_target, stream_seed
 
-SAVE_SECONDS = 40  # between checkpoints: a kill loses less than a minute
-CHUNK = 4096  # samples at once where there is no gradient
+SAVE_SECONDS = 40  # between checkpoints, so that a kill loses less than a minute
+CHUNK = 4096  # samples at once where no gradient is needed
+STATE = ("step", "seconds", "loss_sum", "curve", "result", "samples")  # attributes of a run that its file holds
 
 
 @dataclass
@@ -41,40 +43,40 @@ class BasisTransferConfig:
 
     targets: tuple[str, ...] = ("paper",)  # paper, or Ω₁/Ω₂: each identity, orthogonal, gaussian, gaussian:100; …/same
     h: tuple[int, ...] = (256, 512, 768)  # dimensions of the residual stream
-    seeds: tuple[int, ...] = (0, 1, 2)  # each draws a target, the model's initial weights and all inputs
-    steps: int = 20_000  # optimizer steps; 0: the linear baseline alone
+    seeds: tuple[int, ...] = (0, 1, 2)  # each gives another target, other initial weights and other inputs
+    steps: int = 20_000  # optimizer steps; 0: only the linear baseline
     batch: int = 65_536  # new inputs in each step
     learning_rate: float = 5e-3  # the peak, where the cosine begins
     weight_decay: float = 0.1  # of both matrices
     grad_clip: float = 3.0  # the largest gradient norm; 0: no clipping
     activation: Literal["gelu", "gelu_tanh", "relu"] = "gelu"  # of the target and of the model
     width_ratio: float = 4.0  # the model's hidden width over h; the target's is 4
-    linear_samples: int = 500_000  # inputs that the linear baseline is fitted to
-    ridge: float = 1e-6  # the linear baseline's λ, beside sums over all these inputs
+    linear_samples: int = 500_000  # inputs to which the linear baseline is fitted
+    ridge: float = 1e-6  # the linear baseline's λ, added to sums over all these inputs
     test_samples: int = 32_768  # held-out inputs
-    device: str = "auto"  # cpu, cuda, cuda:1, …; auto: cuda where there is one
-    dtype: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"  # of the model's products in training
+    device: str = "auto"  # cpu, cuda, cuda:1, …; auto: cuda if there is a GPU
+    dtype: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"  # of the model's matrix products in training
     compile: bool | None = None  # torch.compile; none: on CUDA
-    out_dir: str = "results/basis_transfer"  # where the results and the checkpoints go
-    resume: bool = False  # go on with the runs in out_dir; targets, h and seeds may be added
+    out_dir: FilePath = "results/basis_transfer"  # where the results and the checkpoints are written
+    resume: bool = False  # continue the runs in out_dir; targets, h and seeds may be added
 
     def __post_init__(self):
         for name in ("targets", "h", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
-                raise ValueError(f"{name} must be one or more values, separated by commas, each once, not {values}")
-        positive = ("batch", "learning_rate", "width_ratio", "linear_samples", "test_samples")
-        for name in (*positive, "steps", "weight_decay", "grad_clip", "ridge"):
-            value = getattr(self, name)
-            if not (0 < value if name in positive else 0 <= value) or value == math.inf:
-                raise ValueError(f"{name} must {'be positive' if name in positive else 'not be negative'}, not {value}")
+                raise ValueError(f"{name} must be different values, separated by commas, at least one, got {values}")
+        require(
+            self,
+            positive="batch learning_rate width_ratio linear_samples test_samples",
+            not_negative="steps weight_decay grad_clip ridge",
+        )
         for h in self.h:
             if h < 2:
-                raise ValueError(f"h must be 2 or more, not {h}")
+                raise ValueError(f"h must be 2 or more, got {h}")
             if self.width_ratio * h % 1:
-                raise ValueError(f"width_ratio={self.width_ratio:g} times h={h} is not a whole number of neurons")
+                raise ValueError(f"width_ratio={self.width_ratio:g} times h={h} must be a whole number of neurons")
         if min(self.seeds) < 0:
-            raise ValueError(f"seeds must not be negative, not {min(self.seeds)}")
+            raise ValueError(f"seeds must be zero or positive, got {min(self.seeds)}")
         for target in self.targets:
             read_target(target)
 
@@ -84,14 +86,14 @@ class BasisTransferConfig:
 
 
 class LinearFit:
-    """Streaming ridge regression of y on x, both (n, h): the A that minimises Σ‖Ax − y‖² + λ‖A‖², sums in float64."""
+    """Ridge regression of y on x, both (n, h), chunk by chunk: the A that minimises Σ‖Ax − y‖² + λ‖A‖², in float64."""
 
     def __init__(self, h, device="cpu"):
         self.xx, self.xy = torch.zeros(2, h, h, dtype=torch.float64, device=device)
         self.samples = 0
 
     def add(self, x, y):
-        """Take in more samples."""
+        """Add more samples."""
         x, y = x.double(), y.double()
         self.xx += x.T @ x
         self.xy += x.T @ y
@@ -105,7 +107,7 @@ class LinearFit:
 
 @contextmanager
 def matmul_precision(name):
-    """Within `with`, products of float32 matrices have the precision that torch calls name."""
+    """Within `with`, torch.set_float32_matmul_precision(name)."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(name)
     try:
@@ -115,9 +117,12 @@ def matmul_precision(name):
 
 
 def choose_dtype(name, device):
-    """'float32', 'tf32' or 'bfloat16', for the model's products; 'auto': the fastest from h = 64. Raises ValueError."""
+    """'float32', 'tf32' or 'bfloat16', for the model's matrix products; 'auto' is the fastest of them for h ≥ 64.
+
+    Raises ValueError for tf32 without a CUDA GPU.
+    """
     if name == "tf32" and device.type != "cuda":
-        raise ValueError("dtype=tf32 needs a CUDA GPU: choose float32 or bfloat16, or leave it out")
+        raise ValueError("dtype=tf32 needs a CUDA GPU: use float32, bfloat16 or auto")
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -125,11 +130,11 @@ def choose_dtype(name, device):
     return "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
 
 
-class Run:
-    """One target in h dimensions from one seed: its linear baseline, its model, and how far its training has come.
+class TransferRun:
+    """The experiment for one target, dimension h and seed: its linear baseline, its model and the state of training.
 
-    Its file in out_dir has all of that, so that it can go on; with cfg.resume, building one reads the file. Raises
-    ValueError when that is of a run with other options.
+    All of that is saved to one file in out_dir. With cfg.resume the constructor reads this file, if there is one, and
+    raises ValueError if it was written with other options.
     """
 
     def __init__(self, cfg, target, h, seed):
@@ -151,15 +156,15 @@ class Run:
         self.loss = torch.compile(self.relative_squared_error) if compiled else self.relative_squared_error
         self.linear = LinearFit(h, self.device)
         self.generator = torch.Generator(self.device)
-        self.step, self.seconds = 0, 0.0  # optimizer steps, and the time they took
+        self.step, self.seconds = 0, 0.0  # optimizer steps so far, and the time they took
         self.loss_sum = torch.zeros((), device=self.device)  # since the last point of the curve
-        self.curve = []  # [step, relative error]: the root of the mean loss since the point before
+        self.curve = []  # [step, relative error]: the root of the mean loss since the previous point
         self.result, self.samples = None, {}  # of a finished run; see `evaluate`
         if cfg.resume and self.path.exists():
             self.restore()
 
     def options(self):
-        """The options that make a run what it is."""
+        """The options, beside target, h and seed, that determine the result of a run."""
         others = ("targets", "h", "seeds", "device", "compile", "out_dir", "resume")
         return {name: value for name, value in dataclasses.asdict(self.cfg).items() if name not in others}
 
@@ -171,34 +176,34 @@ class Run:
             model=self.mlp.state_dict(),
             optimizer=self.optimizer.state_dict(),
             linear=vars(self.linear),
-            **{name: getattr(self, name) for name in ("step", "seconds", "loss_sum", "curve", "result", "samples")},
+            **{name: getattr(self, name) for name in STATE},
         )
 
     def restore(self):
-        """Take the run over from its file."""
+        """Read the run from its file."""
         state = checkpoint.load(self.path, map_location=self.device)
         if "options" not in state:
-            raise ValueError(f"{self.path} is no checkpoint of this command; choose another --out_dir=…")
+            raise ValueError(f"{self.path} is not a checkpoint of this experiment: choose another --out_dir=…")
         differences = checkpoint.differing(state["options"], self.options())
         if differences:
             raise ValueError(
-                f"{self.path} is of another run: {'; '.join(differences)}. Repeat its options, or start another with "
-                "--out_dir=…"
+                f"{self.path} was written with other options ({'; '.join(differences)}): repeat those, or choose "
+                "another --out_dir=…"
             )
         self.mlp.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         vars(self.linear).update(state["linear"])
-        for name in ("step", "seconds", "loss_sum", "curve", "result", "samples"):
+        for name in STATE:
             setattr(self, name, state[name])
 
     def inputs(self, stream, number, n):
-        """n standard Gaussian inputs, (n, h) on the device: the number-th of their stream."""
+        """n standard Gaussian inputs, (n, h) on the device: chunk `number` of a stream of random numbers."""
         h, seed = self.facts["h"], self.facts["seed"]
         self.generator.manual_seed(stream_seed(stream, h, seed, number))
         return torch.randn(n, h, generator=self.generator, device=self.device)
 
     def relative_squared_error(self, x):
-        """The mean of ‖ŷ − y‖²/‖y‖² over the rows of x, (n, h): y in float32, the products in ŷ in self.dtype."""
+        """The mean of ‖ŷ − y‖²/‖y‖² over the rows of x, (n, h); the matrix products in ŷ are in self.dtype."""
         with torch.no_grad():
             y = self.target(x, self.activation)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
@@ -226,7 +231,7 @@ class Run:
             yield
 
     def train(self):
-        """Train the model; yields after each step. Raises FloatingPointError when a loss is not finite."""
+        """Train the model; yields after each step. Raises FloatingPointError if a loss is not finite."""
         every = max(1, self.cfg.steps // 100)
         # TensorFloat-32 for the target's products, and for the model's unless they are in bfloat16.
         precision = "high" if self.device.type == "cuda" and self.dtype != "float32" else "highest"
@@ -238,7 +243,7 @@ class Run:
                 loss = self.loss_sum.item() / (self.step - (self.curve[-1][0] if self.curve else 0))
                 if not math.isfinite(loss):
                     raise FloatingPointError(
-                        f"{self.name}, step {self.step}: the loss is {loss}; start anew with a smaller learning_rate"
+                        f"{self.name}, step {self.step}: the loss is {loss}: start again with a smaller learning_rate"
                     )
                 self.curve.append([self.step, math.sqrt(loss)])
                 self.loss_sum.zero_()
@@ -246,7 +251,7 @@ class Run:
             yield
 
     def finish(self, stop, progress):
-        """Do what is left of the run, saving it on the way; False if it was stopped (stop.requested) before its end.
+        """Finish the run, saving it regularly; False if it was stopped (stop.requested) before the end.
 
         progress: called with the run after each step.
         """
@@ -264,7 +269,7 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self):
-        """Fill result and samples: relative L2 errors and cosine similarities of each held-out input, in float32."""
+        """Set result and samples: the relative L2 error and cosine similarity of each held-out input, in float32."""
         A = self.linear.solve(self.cfg.ridge).float()
         predictions = {"model": lambda x: self.mlp(x) + x} if self.cfg.steps else {}
         predictions["linear"] = lambda x: x @ A.T
@@ -272,7 +277,7 @@ class Run:
             y = self.target(x, self.activation)
             for method, predict in predictions.items():
                 measures = self.samples.setdefault(method, {})
-                for measure, values in report.compare(predict(x), y).items():
+                for measure, values in basis_transfer_report.errors_and_cosines(predict(x), y).items():
                     measures[measure] = torch.cat((measures.get(measure, values[:0]), values))
         self.result = {
             **self.facts,
@@ -282,7 +287,7 @@ class Run:
             "dtype": self.dtype,
             "train_seconds": round(self.seconds, 1),
             **{
-                method: {measure: report.statistics(values) for measure, values in measures.items()}
+                method: {measure: basis_transfer_report.statistics(values) for measure, values in measures.items()}
                 for method, measures in self.samples.items()
             },
             "curve": self.curve,
@@ -290,7 +295,7 @@ class Run:
 
 
 class Progress:
-    """Tells how far a run is: a bar in a terminal, about ten lines elsewhere. Call it with the run after each step."""
+    """Shows the progress of a run, a bar in a terminal and about ten lines elsewhere; called after each step."""
 
     def __init__(self, run):
         from tqdm import tqdm
@@ -306,7 +311,7 @@ class Progress:
         )
 
     def __call__(self, run):
-        if run.step == self.first:  # still at the linear baseline
+        if run.step == self.first:  # the linear baseline is still being fitted
             self.started = time.perf_counter()
         self.bar.update(run.step - self.bar.n)
         if len(run.curve) == self.shown:
@@ -328,39 +333,39 @@ class Progress:
         self.bar.close()
 
 
-def study(cfg):
-    """Run every target, h and seed of cfg, writing the report after each; the results, or None when it was stopped.
+def run_all(cfg):
+    """Run every target, h and seed of cfg and write the report after each; the results, or None if it was stopped.
 
-    Raises ValueError when out_dir holds runs and cfg.resume is not set, or when they are of another configuration.
+    Raises ValueError if out_dir contains runs and cfg.resume is not set, or if they were made with other options.
     """
     folder = Path(cfg.out_dir)
     if not cfg.resume and list(folder.glob("*_h*_seed*.pt")):
-        raise ValueError(f"{folder} holds runs: go on with --resume, or start others with --out_dir=…")
+        raise ValueError(f"{folder} already contains runs: continue them with --resume, or choose another --out_dir=…")
     results, samples = [], []
     with signals.StopSignal() as stop:
         for target, h, seed in itertools.product(cfg.targets, cfg.h, cfg.seeds):
-            run = Run(cfg, target, h, seed)
+            run = TransferRun(cfg, target, h, seed)
             folder.mkdir(parents=True, exist_ok=True)
             if run.result is None:
                 with Progress(run) as progress:
                     finished = run.finish(stop, progress)
                 if not finished:
-                    print(f"stopped at step {run.step} of {run.name}; go on with the same command and --resume")
+                    print(f"stopped at step {run.step} of {run.name}; continue with the same command and --resume")
                     return None
             results.append(run.result)
             samples.append(run.samples)
-            report.write(cfg, results, samples)
+            basis_transfer_report.write(cfg, results, samples)
     return results
 
 
 def main(argv):
     """The command; see the module's docstring."""
     cfg = configurator.parse(BasisTransferConfig, argv)
-    results = study(cfg)
+    results = run_all(cfg)
     if results is None:
-        return 130  # as a shell says of a command that Ctrl-C ended
-    print(report.table(results))
-    print(f"\n{', '.join(f'{cfg.out_dir}/{name}' for name in report.FILES)}")
+        return 130  # the shell's status for a command stopped by Ctrl-C
+    print(basis_transfer_report.table(results))
+    print(f"\nwrote {', '.join(f'{cfg.out_dir}/{name}' for name in basis_transfer_report.FILES)}")
     return 0
 
 

@@ -1,11 +1,12 @@
 """The functions that Section 5.1 asks an MLP with a skip connection to approximate.
 
-Each is x ↦ W₂·σ(W₁x) + Lx. `paper` is equation (4): Gaussian W₁ (4h, h), W₂ (h, 4h) and Z (h, h), over √(4h), √(4h)
-and √h, and L = Z − I. `Ω₁/Ω₂` is the composition of equation (3), Ω₁ ∘ (MLP + Id) ∘ Ω₂⁻¹, of an MLP with such W₁ and
-W₂: with W₁Ω₂⁻¹ and Ω₁W₂ in their places it is of that form, and L = Ω₁Ω₂⁻¹.
+Each is x ↦ W₂·σ(W₁x) + Lx; as in Section 5.1, matrices multiply column vectors from the left. The target `paper` is
+equation (4): W₁ (4h, h), W₂ (h, 4h) and Z (h, h) have standard Gaussian entries divided by √(4h), √(4h) and √h, and
+L = Z − I. A target `Ω₁/Ω₂` is the composition Ω₁ ∘ (MLP + Id) ∘ Ω₂⁻¹ of equation (3), for an MLP with such W₁ and W₂.
+It has the same form, with W₁Ω₂⁻¹ and Ω₁W₂ in place of W₁ and W₂, and L = Ω₁Ω₂⁻¹.
 
-So equation (4) is not an instance of (3), but has its form, with Z − I for Ω₁Ω₂⁻¹. The model has the skip besides, so
-its MLP has Z − 2I to make up for.
+So equation (4) is not an instance of (3) but has its form, with Z − I in place of Ω₁Ω₂⁻¹. Because the model has a skip
+connection, its MLP must approximate L − I, which is Z − 2I for the paper's target.
 """
 
 import math
@@ -14,18 +15,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-RATIO = 4  # the hidden width of every target's MLP over h
-STREAMS = ("target", "model", "train", "linear", "test")  # what random numbers are drawn for
+RATIO = 4  # the hidden width of every target's MLP, divided by h
+STREAMS = ("target", "model", "train", "linear", "test")  # what the random numbers are for
 BASES = ("identity", "orthogonal", "gaussian", "gaussian:κ")
 
 
 def stream_seed(stream, h, seed, number=0):
-    """The seed of a random generator, a pure function of what it is for: so a resumed run sees the same inputs."""
+    """The seed of a random generator, a pure function of its purpose, so that a resumed run sees the same inputs."""
     return int(np.random.SeedSequence((STREAMS.index(stream), h, seed, number)).generate_state(1)[0])
 
 
 def read_target(name):
-    """What a target's name says of Ω₁ and Ω₂: a pair of (kind, condition number or None); None for the paper's target.
+    """Parse a target's name: ((kind, condition number or None) of Ω₁, the same of Ω₂), or None for the paper's target.
 
     Raises ValueError for a name that is neither 'paper' nor Ω₁/Ω₂.
     """
@@ -41,8 +42,8 @@ def read_target(name):
             condition_number = math.nan
         if kind not in BASES or (colon and not (kind == "gaussian" and 1 <= condition_number < math.inf)):
             raise ValueError(
-                f"targets: {name!r} is neither 'paper' nor Ω₁/Ω₂ with each of {', '.join(BASES)} (κ is its condition "
-                "number, 1 or more), or 'same' for Ω₂ = Ω₁; for example orthogonal/identity or gaussian:100/same"
+                f"targets must be 'paper' or Ω₁/Ω₂ with each Ω one of {', '.join(BASES)}, got {name!r}: κ is a "
+                "condition number, 1 or more, and Ω₂ can be 'same', as in orthogonal/identity or gaussian:100/same"
             )
         kinds.append((kind, condition_number))
     return tuple(kinds)
@@ -61,10 +62,10 @@ class Target(NamedTuple):
 
 
 def basis(kind, condition_number, h, generator):
-    """A change of basis Ω, (h, h) float64, with 1 as the mean square of its singular values.
+    """A change of basis Ω, (h, h) float64, scaled so that the mean square of its singular values is 1.
 
-    kind: 'identity'; 'orthogonal', uniformly distributed; 'gaussian', independent entries. A condition number raises
-    the Gaussian matrix's singular values to the power that gives it; None leaves them as drawn.
+    kind: 'identity'; 'orthogonal', uniformly distributed; 'gaussian', independent entries. With a condition number the
+    Gaussian matrix's singular values are first raised to the power that gives it.
     """
     if kind == "identity":
         return torch.eye(h, dtype=torch.float64)
@@ -79,7 +80,7 @@ def basis(kind, condition_number, h, generator):
 
 
 def make_target(name, h, seed):
-    """The Target called name (see `read_target`) in h dimensions that a seed draws; made in float64, then float32."""
+    """The Target of this name (see `read_target`) and seed in h dimensions; drawn in float64, returned in float32."""
     generator = torch.Generator().manual_seed(stream_seed("target", h, seed))
 
     def gaussian(rows, columns, scale):

@@ -2,7 +2,7 @@
 
     python -m theory.layernorm_linearity
 
-Writes table.md and linearity.png into out_dir.
+Writes table.md and linearity.png to out_dir. As in Section 8.1, matrices multiply column vectors from the left.
 """
 
 import math
@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 
 import configurator
+from configurator import FilePath, require
+from studies import drawing, page
 from theory.layernorm import centre, lemma_8_1, operator_norm
 
 
@@ -21,10 +23,15 @@ class LinearityConfig:
 
     dims: tuple[int, ...] = (16, 64, 256, 1024, 4096, 16384, 65536)  # dimensions d
     max_norm_dim: int = 4096  # the largest d for the matrices whose operator norm is computed
-    seeds: int = 5  # random matrices for each case
+    seeds: int = 5  # random matrices in each case
     inputs: int = 512  # random vectors for each matrix
     eps: float = 1e-5  # the norm's ε
-    out_dir: str = "results/layernorm_linearity"  # where table.md and linearity.png go
+    out_dir: FilePath = "results/layernorm_linearity"  # where table.md and linearity.png are written
+
+    def __post_init__(self):
+        if not self.dims or min(self.dims) < 2:
+            raise ValueError(f"dims must be one or more numbers of 2 or more, got {self.dims}")
+        require(self, positive="seeds inputs eps")
 
 
 INPUTS = {
@@ -35,7 +42,7 @@ INPUTS = {
 
 
 def draw_inputs(kind, d, n, generator):
-    """n random directions in d dimensions, (n, d) float64, of the lengths that INPUTS says."""
+    """n random vectors in d dimensions, (n, d) float64, with the lengths that INPUTS describes for this kind."""
     x = torch.randn(n, d, generator=generator, dtype=torch.float64)
     if kind == "unit":
         return x / x.norm(dim=-1, keepdim=True)
@@ -45,9 +52,9 @@ def draw_inputs(kind, d, n, generator):
 
 
 def gaussian_images(x, generator):
-    """M x for the rows of x (n, d) and one M with entries N(0, 1/d), without making M where n < d.
+    """M x for the rows of x (n, d) and one random M with entries N(0, 1/d), without drawing all of M if n < d.
 
-    With xᵀ = QR, M xᵀ = (MQ)R, and MQ has independent entries N(0, 1/d) too, because Q's columns are orthonormal.
+    With xᵀ = QR, M xᵀ = (MQ)R, and MQ has independent entries N(0, 1/d) as well, because Q's columns are orthonormal.
     """
     n, d = x.shape
     rest = torch.linalg.qr(x.T, mode="r").R if n < d else x.T
@@ -55,11 +62,12 @@ def gaussian_images(x, generator):
 
 
 def linearity(lengths, image_lengths, d, eps):
-    """How far f_M is from linear on inputs of the given lengths ‖c‖ and ‖Mc‖, both (n,): a dict of three numbers.
+    """How far f_M is from linear on inputs c, given their lengths ‖c‖ and ‖Mc‖, both (n,): a dict of three numbers.
 
-    undefined: the share of inputs where f_M is undefined. coefficient: the median of a(x) where f_M(x) = a(x)·Mx.
-    distance: over the inputs where f_M is defined, the root mean square of f_M(x) − cMx next to that of f_M(x), for
-    the c that makes it smallest: 0 is linear, 1 the most there is.
+    undefined: the share of inputs for which f_M is undefined. The others are over the remaining inputs:
+    coefficient: the median of a(x), where f_M(x) = a(x)·Mx.
+    distance: the root mean square of f_M(x) − bMx divided by that of f_M(x), with the number b that minimises it; 0
+    means linear, 1 is the maximum.
     """
     room = d * eps + (lengths.square() - image_lengths.square())
     defined = room > 0
@@ -76,10 +84,10 @@ def linearity(lengths, image_lengths, d, eps):
 
 
 def measure(cfg):
-    """Remark 3's experiment: one record a case (matrix, inputs, d) and seed; see `linearity` for its numbers.
+    """Remark 3's experiment: one record per case (matrix, inputs, d) and seed, with the numbers of `linearity`.
 
-    matrix is 'gaussian' (entries N(0, 1/d)), 'scaled' (such a matrix over its operator norm) or 'lemma' (Lemma 8.1's
-    M₀ for such an A, on centred inputs).
+    matrix: 'gaussian', entries N(0, 1/d); 'scaled', such a matrix divided by its operator norm; or 'lemma', Lemma 8.1's
+    M₀ for such an A, on centred inputs.
     """
     records = []
     for d in cfg.dims:
@@ -101,7 +109,7 @@ def measure(cfg):
 
 
 def summarise(records):
-    """(matrix, inputs, d) -> name -> (mean, standard deviation over seeds; 0 for one), sorted."""
+    """(matrix, inputs, d) -> name -> (mean, standard deviation over seeds, which is 0 for one seed); sorted."""
     cases = {}
     for record in records:
         cases.setdefault((record["matrix"], record["inputs"], record["d"]), []).append(record)
@@ -116,33 +124,27 @@ def summarise(records):
 
 def table(summary):
     """A Markdown table of the summary, mean ± standard deviation over matrices."""
-    lines = [
-        "| M | inputs | d | undefined for | coefficient | distance from linear |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-    ]
+    rows = []
     for (matrix, inputs, d), row in summary.items():
-        undefined, coefficient, distance = (row[name] for name in ("undefined", "coefficient", "distance"))
-        lines.append(
-            f"| {matrix} | {inputs} | {d:,} | {100 * undefined[0]:.1f} ± {100 * undefined[1]:.1f} % | "
-            f"{coefficient[0]:.3g} ± {coefficient[1]:.1g} | {distance[0]:.3g} ± {distance[1]:.1g} |"
-        )
-    return "\n".join(lines)
+        (undefined, its_deviation), *others = (row[name] for name in ("undefined", "coefficient", "distance"))
+        texts = [f"{100 * undefined:.1f} ± {100 * its_deviation:.1f} %"]
+        texts += [f"{mean:.3g} ± {deviation:.1g}" for mean, deviation in others]
+        rows.append([matrix, inputs, f"{d:,}", *texts])
+    head = ["M", "inputs", "d", "undefined for", "coefficient", "distance from linear"]
+    return page.Table(head, rows, words=("M", "inputs")).markdown()
 
 
 def draw(summary, path):
     """Write linearity.png: the distance from linear against d, one panel for each kind of input."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+    blue, orange, green, *_ = drawing.COLOURS
     styles = {
-        "gaussian": dict(label="Gaussian M", color="#D55E00", marker="o", markersize=5),
-        "scaled": dict(label="Gaussian M / ‖M‖", color="#0072B2", marker="^", markersize=11, markerfacecolor="none"),
-        "lemma": dict(label="Lemma 8.1's M₀", color="#009E73", marker="s", markersize=4),
+        "gaussian": dict(label="Gaussian M", color=orange, marker="o", markersize=5),
+        "scaled": dict(label="Gaussian M / ‖M‖", color=blue, marker="^", markersize=11, markerfacecolor="none"),
+        "lemma": dict(label="Lemma 8.1's M₀", color=green, marker="s", markersize=4),
     }
-    figure, axes = plt.subplots(1, 3, figsize=(9.5, 4.3), sharey=True, layout="constrained")
-    for panel, (inputs, title) in zip(axes, INPUTS.items(), strict=True):
+    figure = drawing.new_figure(9.5, 4.3)
+    panels = figure.subplots(1, 3, sharey=True)
+    for panel, (inputs, title) in zip(panels, INPUTS.items(), strict=True):
         for matrix, style in styles.items():
             points = sorted((d, row) for (m, i, d), row in summary.items() if (m, i) == (matrix, inputs))
             mean, spread = ([row["distance"][k] for _, row in points] for k in (0, 1))
@@ -151,26 +153,23 @@ def draw(summary, path):
             if matrix == "gaussian":
                 share = [row["undefined"][0] or math.nan for _, row in points]
                 panel.plot(dims, share, ":", color="black", label="share of inputs with f undefined, Gaussian M")
-        panel.set(xscale="log", yscale="log", xlabel="dimension d", title=f"inputs: {title}")
-        panel.title.set_fontsize(11)
-        panel.grid(alpha=0.25)
-    axes[0].set_ylabel("distance of f from linear (0–1)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        panel.set(xscale="log", yscale="log", xlabel="dimension d")
+        panel.set_title(f"inputs: {title}", fontsize=11)
+    panels[0].set_ylabel("distance of f from linear (0–1)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    drawing.save(figure, path)
 
 
 def main(argv):
     """The command; see the module's docstring."""
     cfg = configurator.parse(LinearityConfig, argv)
-    if not cfg.dims or min(cfg.dims) < 2 or cfg.seeds < 1 or cfg.inputs < 1 or not cfg.eps > 0:
-        raise ValueError("dims must be 2 or more each, seeds and inputs 1 or more, eps above 0")
     folder = Path(cfg.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     summary = summarise(measure(cfg))
-    (folder / "table.md").write_text(table(summary) + "\n", encoding="utf-8")
+    text = table(summary)
+    (folder / "table.md").write_text(f"{text}\n", encoding="utf-8")
     draw(summary, folder / "linearity.png")
-    print(table(summary))
+    print(f"{text}\n\nwrote {folder}/table.md, {folder}/linearity.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The matrices of a GPT in the paper's orientation: Y = XW with W of shape (in, out), the transpose of `Linear.weight`.
 
-`read_weights` and `build_model` are the one place where state dicts are transposed.
+`read_weights` and `build_model` transpose state dicts.
 """
 
 from dataclasses import dataclass
@@ -27,15 +27,18 @@ class Weights:
     tokens: torch.Tensor  # E, (V, d)
     positions: torch.Tensor | None  # E_P, (T, d), for learned positions
     head: Affine  # W_LM, (d, V)
-    blocks: list[dict[str, Affine]]  # 'q', 'k', 'v' (those that are no identity), 'o', 'router' (MoE), 'up', 'down'
+    blocks: list[dict[str, Affine]]  # 'q', 'k', 'v' (without identity projections), 'o', 'router' (MoE), 'up', 'down'
 
 
 def read_weights(model):
-    """The Weights of a GPT, not to be changed in place. Raises ValueError, naming it, for one that is not finite."""
+    """The Weights of a GPT. They may share memory with the model: replace entries, never change them in place.
+
+    Raises ValueError, with the parameter's name, if a weight is not finite.
+    """
     state = {name: tensor.detach().double() for name, tensor in model.state_dict().items()}
     for name, tensor in state.items():
         if not tensor.isfinite().all():
-            raise ValueError(f"{name} has entries that are not finite: the model is broken, take an earlier checkpoint")
+            raise ValueError(f"{name} must be finite, got NaN or infinite values: use an earlier checkpoint")
 
     def affine(name):
         weight = state[f"{name}.weight"].T
@@ -54,9 +57,9 @@ def read_weights(model):
 
 
 def build_model(weights, config, like):
-    """A GPT of config with weights; norms, dtype, device and mode are those of the GPT `like`.
+    """A GPT with this config and these Weights; norms, dtype, device and mode are those of the GPT `like`.
 
-    Raises ValueError when weights have a bias where a GPT has none.
+    Raises ValueError if weights have a non-zero bias where a GPT with this config has none.
     """
     state = {name: tensor for name, tensor in like.state_dict().items() if ".ln_" in name}
 
@@ -66,8 +69,8 @@ def build_model(weights, config, like):
             state[f"{name}.bias"] = layer.bias
         elif layer.bias.any():
             raise ValueError(
-                f"the bias of the projection moves the origin of the residual stream, and {name}, which has no bias, "
-                "cannot move it back: with these weights only bias=False, or a bias of zero, is exact"
+                f"removing the projection adds its bias to the residual stream, and {name}, which has no bias, cannot "
+                "subtract it again: exact only for models with bias=False or with this bias equal to zero"
             )
 
     state["transformer.wte.weight"] = weights.tokens
@@ -84,8 +87,20 @@ def build_model(weights, config, like):
         for layer, name in LAYERS.items():
             if name in block:
                 put(f"transformer.h.{i}.{layer}", block[name], config.bias and name != "router")
-    with torch.random.fork_rng(devices=[]):  # the initial weights are drawn in vain
+    with torch.random.fork_rng(devices=[]):  # GPT() draws initial weights, which are replaced below
         built = GPT(config)
     parameter = like.lm_head.weight
     built.to(parameter.device, parameter.dtype).load_state_dict(state)
     return built.train(like.training)
+
+
+def has_full_rank(values):
+    """Whether the smallest of a matrix's singular values, in descending order, is larger than rounding errors."""
+    return values[-1] > values[0] * len(values) * torch.finfo(values.dtype).eps
+
+
+def condition_number(matrix):
+    """The largest singular value over the smallest; inf if the matrix is singular up to rounding."""
+    values = torch.linalg.svdvals(matrix)
+    smallest = values[-1] if has_full_rank(values) else values.new_zeros(())
+    return (values[0] / smallest).item() if values[0] > 0 else float("inf")
