@@ -1,11 +1,11 @@
-"""Compare runs: what each arm is, what it reached, and whether its difference to the control is more than chance.
+"""Compare runs: the options and losses of each arm, and whether its difference from control is significant.
 
 python report.py out/study_wd_scale-quick                            a study of sweep.py, finished or not
-python report.py out/quick-baseline_tied out/quick-reduced_tied      run folders, the first of them the control
-python report.py out/baseline-s* out/reduced-s*                      runs that differ in the seed alone are one arm
+python report.py out/quick-baseline_tied out/quick-reduced_tied      run folders; the first is the control
+python report.py out/baseline-s* out/reduced-s*                      runs that differ only in the seed are one arm
 
-Writes report.md, report.html (one file with its pictures), runs.csv, comparison.csv and the figures into out_dir, and
-prints the table and the verdicts.
+Writes report.md, report.html (one file that contains its figures), runs.csv, comparison.csv and the figures into
+out_dir, and prints the table and the verdicts.
 """
 
 import csv
@@ -16,63 +16,61 @@ from pathlib import Path
 import configurator
 from engine.flops import cost
 from model import GPTConfig
-from studies import arms, comparison, figures, page, sections
+from studies import arms, comparison, figures, page, sections, store
 
 
 @dataclass
 class ReportConfig:
-    """Which runs to compare, and where the comparison goes."""
+    """Which runs to compare, and where the report is written."""
 
-    runs: tuple[str, ...] = ()  # a study folder, or run folders, given without --
+    runs: tuple[str, ...] = ()  # a study folder, or run folders; given without --runs=
     control: str | None = None  # the arm to compare all others with; none: the study's own, or the first run's
-    out_dir: str | None = None  # where the report goes; none: report/ in the study folder, or out/report
+    out_dir: configurator.FilePath | None = None  # the report's folder; none: report/ in the study's, or out/report
 
 
 def training_flops(run):
-    """Operations of a finished run's training."""
+    """The floating-point operations of a finished run's training."""
     known = {field.name for field in dataclasses.fields(GPTConfig)}
     config = GPTConfig(**{name: value for name, value in run.config.items() if name in known})
     return cost(config).training_flops * run.summary["tokens"]
 
 
 def draw(results, flops, folder):
-    """Draw what the results support into folder; a list of page.Figure. flops: run folder -> training operations."""
+    """Draw the figures that apply to the results into folder; a list of page.Figure. flops: run folder -> FLOPs."""
     several = any(len(cell.runs) > 1 for cell in results.cells)
     bands = "Bands and bars are 95 % t-intervals over seeds." if several else "One seed: no intervals."
     best = ", each arm at its best point of the grid" if results.tuned_fields else ""
-    windows = " or ".join(str(n) for n in sorted({run.config["eval_windows"] for _, run in results.runs})) + " windows"
+    windows = " or ".join(str(n) for n in sorted({run.config["eval_windows"] for _, run in results.runs}))
     wanted = {
         "loss.png": (
             figures.curves,
-            f"Loss during training{best}, and below the difference to the control. Validation is of "
-            f"{windows} there, and of all in the tables. {bands}",
+            f"Loss during training{best}, and below the difference from control. Validation losses during training are "
+            f"over {windows} windows, those in the tables over the whole validation split. {bands}",
         ),
-        "heat_map.png": (figures.heat_maps, "Mean validation loss over the grid; frames mark the best points."),
+        "heat_map.png": (figures.heat_maps, "Mean validation loss at each grid point; frames mark the best points."),
         "grid.png": (
             figures.lines,
             f"Validation loss over the grid (filled: an arm's best point) and, below, the paired differences; arrows "
-            f"stand for values off the scale. {bands}",
+            f"mark values off the scale. {bands}",
         ),
         "cost.png": (
             lambda results, path: figures.cost(results, flops, path),
-            f"Validation loss{best} against what it costs; grey lines lead from a control to its arms, arrows stand "
-            f"for values off the scale. {bands}",
+            f"Validation loss{best} against parameters and training FLOPs; grey lines connect a control with its arms, "
+            f"arrows mark values off the scale. {bands}",
         ),
     }
     drawn = [page.Figure(name, text) for name, (function, text) in wanted.items() if function(results, folder / name)]
     for cell, control in results.best_pairs:
-        name = (
-            "-".join(["diagnostics", cell.arm, *map(arms.value_text, results.size(cell).values())]).replace("/", "-")
-            + ".png"
-        )
+        words = ["diagnostics", cell.arm, *map(arms.value_text, results.size(cell).values())]
+        name = "-".join(words).replace("/", "-") + ".png"
         if figures.diagnostics(cell, control, folder / name):
-            text = f"Inside the attention of {control.label} (left) and {cell.label}, layer by layer; means over seeds."
+            text = f"Attention diagnostics of each layer in {control.label} (left) and {cell.label}; means over seeds."
             drawn.append(page.Figure(name, text))
     return drawn
 
 
 def run_rows(results, flops):
-    """The rows of runs.csv, a dict for each run, finished or not."""
+    """The rows of runs.csv: a dict for each run, finished or not."""
     measured = "steps tokens val_loss val_loss_se best_val_loss_during_training train_loss tokens_per_second".split()
     rows = [
         {"arm": cell.arm}
@@ -88,8 +86,22 @@ def run_rows(results, flops):
     return rows + [{"folder": folder, "state": why} for folder, why in results.unfinished]
 
 
-def comparison_rows(kind, pairs, comparisons):
-    """The rows of comparison.csv for (cell, control) pairs. kind: how the pairs were chosen."""
+def comparison_rows(results, comparisons):
+    """The rows of comparison.csv. comparisons: those of results.best_pairs."""
+    rows = _rows("best", results.best_pairs, comparisons)
+    if results.tuned_fields:
+        losses = [tuple(map(results.leave_one_out_losses, pair)) for pair in results.best_pairs]
+        chosen_by_others = _rows("points chosen by the other seeds", results.best_pairs, comparison.compare(losses))
+        for row, (_, control) in zip(chosen_by_others, results.best_pairs, strict=True):
+            row = {name: value for name, value in row.items() if name not in results.tuned_fields}
+            rows.append(row | {"control": control.arm})  # each seed has a point of its own, so none is named
+        for kind, pairs in (("as configured", results.configured_pairs), ("same point", results.point_pairs)):
+            rows += _rows(kind, pairs, arms.compare_cells(pairs))
+    return rows
+
+
+def _rows(kind, pairs, comparisons):
+    """Rows of comparison.csv for (cell, control) pairs and their comparisons. kind: how the pairs were chosen."""
     needed = ("seeds_needed", "seeds_needed_least", "seeds_needed_most")
     return [
         {"compared": kind, "arm": cell.arm}
@@ -103,13 +115,8 @@ def comparison_rows(kind, pairs, comparisons):
     ]
 
 
-def compare(pairs):
-    """A comparison.Comparison for each (cell, control)."""
-    return comparison.compare([(cell.losses, control.losses) for cell, control in pairs])
-
-
 def write_csv(path, rows):
-    """Write dicts as CSV, with a column for each name among them, in order."""
+    """Write dicts as CSV, with a column for each key that any of them has."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
@@ -117,15 +124,15 @@ def write_csv(path, rows):
 
 
 def parts(results, comparisons, headlines, drawn):
-    """The parts of the report, in order."""
+    """The parts of the report, in order; see studies/page.py."""
     content = [page.Heading(results.name, level=1)]
     content += [page.Items(headlines)] if len(results.arms) > 1 else []
     content += [page.Paragraph(text) for text in sections.setting(results)]
-    content += [page.Heading("What was trained, and what it reached"), sections.table_2(results.best)]
+    content += [page.Heading("Arms and their losses"), sections.table_2(results.best)]
     if note := sections.paper_note(results.best):
         content.append(page.Paragraph(note))
     if comparisons:
-        content += [page.Heading("Differences to the control"), sections.differences(results.best_pairs, comparisons)]
+        content += [page.Heading("Differences from control"), sections.differences(results.best_pairs, comparisons)]
         content.append(page.Items(sections.reading_notes(results.best_pairs, comparisons)))
     if drawn:
         content += [page.Heading("Figures"), *drawn]
@@ -133,53 +140,38 @@ def parts(results, comparisons, headlines, drawn):
         content += [page.Heading("The grid"), page.Items(sections.tuning_notes(results)), sections.every_point(results)]
     content += [page.Heading("Runs"), *sections.run_table(results)]
     if results.unfinished:
-        content.append(page.Paragraph("Not finished, and in no number of this report:"))
+        content.append(page.Paragraph("Not finished, and excluded from all numbers of this report:"))
         content.append(page.Items(sections.unfinished_runs(results)))
     if results.command:
         content += [page.Paragraph("To repeat the study:"), page.Code(results.command)]
     return content
 
 
-def report(cfg):
-    """Write the report; (the folder that it is in, its table, its headlines).
+def write_report(cfg):
+    """Write the report; (its folder, its table of arms, its headlines).
 
     Raises ValueError when there is nothing to report, or when the runs cannot be compared; see arms.load.
     """
     if not cfg.runs:
-        raise ValueError("name a study, or the run folders to compare: python report.py out/FIRST out/SECOND")
+        raise ValueError("name a study folder, or the run folders to compare: python report.py out/FIRST out/SECOND")
     results = arms.load(cfg.runs, cfg.control)
-    is_study = (Path(cfg.runs[0]) / "study.json").exists()
-    folder = Path(cfg.out_dir or (Path(cfg.runs[0]) / "report" if is_study else "out/report"))
+    default = Path(cfg.runs[0], "report") if store.is_study(cfg.runs[0]) else "out/report"
+    folder = Path(cfg.out_dir or default)
     folder.mkdir(parents=True, exist_ok=True)
     flops = {run.folder: training_flops(run) for _, run in results.runs}
-    comparisons = compare(results.best_pairs)
+    comparisons = arms.compare_cells(results.best_pairs)
     headlines = sections.headlines(results, comparisons)
     content = parts(results, comparisons, headlines, draw(results, flops, folder))
     (folder / "report.md").write_text(page.markdown(content), encoding="utf-8")
     (folder / "report.html").write_text(page.web_page(content, results.name, folder), encoding="utf-8")
     write_csv(folder / "runs.csv", run_rows(results, flops))
-    rows = comparison_rows("best", results.best_pairs, comparisons)
-    if results.tuned_fields:
-        chosen_by_others = comparison.compare(
-            [tuple(map(results.left_out_losses, pair)) for pair in results.best_pairs]
-        )
-        rows += [  # of which no single point can be named
-            {name: value for name, value in row.items() if name not in results.tuned_fields} | {"control": control.arm}
-            for row, (_, control) in zip(
-                comparison_rows("points chosen by the other seeds", results.best_pairs, chosen_by_others),
-                results.best_pairs,
-                strict=True,
-            )
-        ]
-        rows += comparison_rows("as configured", results.configured_pairs, compare(results.configured_pairs))
-        rows += comparison_rows("same point", results.point_pairs, compare(results.point_pairs))
-    write_csv(folder / "comparison.csv", rows)
+    write_csv(folder / "comparison.csv", comparison_rows(results, comparisons))
     return folder, sections.table_2(results.best), headlines
 
 
 def main(argv):
     """The command; see the module's docstring."""
-    folder, table, headlines = report(configurator.parse(ReportConfig, argv, positional="runs"))
+    folder, table, headlines = write_report(configurator.parse(ReportConfig, argv, positional="runs"))
     print(table.markdown())
     print()
     for headline in headlines:

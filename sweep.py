@@ -1,15 +1,16 @@
-"""Run a study: arms × grid × seeds, each run a `train.py` of its own in a folder of its own.
+"""Run a study: arms × grid × seeds, each run a `train.py` process with a folder of its own.
 
 python sweep.py config/study_lr.py config/quick.py --jobs=2        a study, at the size that quick.py sets
-python sweep.py config/study_lr.py config/quick.py --dry_run       its commands, tokens and FLOPs; runs nothing
-python sweep.py config/study_lr.py config/quick.py --watch=5       how its runs stand, from another terminal
-python sweep.py config/study_lr.py --index=$SLURM_ARRAY_TASK_ID --of=$SLURM_ARRAY_TASK_COUNT
+python sweep.py config/study_lr.py config/quick.py --dry_run       print its commands, tokens and FLOPs; run nothing
+python sweep.py config/study_lr.py config/quick.py --watch=5       show the state of its runs, from another terminal
+python sweep.py config/study_lr.py --array_index=$SLURM_ARRAY_TASK_ID --array_size=$SLURM_ARRAY_TASK_COUNT
 
 The first file is the study (it sets the fields of `Study` in studies/study_file.py), the others set a size; options of
-train.py go to every run, whatever its arm says. The runs of the first are in out/study_lr-quick/ARM/seed1. The same
-command again skips what is finished and goes on with what was interrupted; several at once share the work. All arms of
-a seed come before the next seed, so that an unfinished study can be compared already. A run that diverged is not tried
-again, since the same settings would end the same, unless its nonfinite.json is deleted.
+train.py go to every run, whatever its arm sets. The runs of the first command are in out/study_lr-quick/ARM/seed1, …
+Repeating a command skips the runs that are finished and resumes those that were interrupted; the same command can run
+several times at once, and no run is done twice. All arms of a seed come before the next seed, so that an unfinished
+study can be compared already. A run that diverged would diverge again with the same settings, so it is not tried again
+unless its nonfinite.json is deleted.
 """
 
 import dataclasses
@@ -22,56 +23,57 @@ import data
 from engine import run_files
 from engine.files import read_json
 from studies import status, store, study_file, workers
-from studies.plan import check_folder, option_name, plan, share, study_folder
+from studies.plan import check_folder, option_name, planned_runs, runs_of_array_job, study_folder
 from train_config import TrainConfig
 
-LOG_LINES = 8  # of a failed run, at the end
+LOG_LINES = 8  # of a failed run's log, which are printed at the end
+OLD_NAMES = {"--index": "--array_index", "--of": "--array_size"}
 
 
 @dataclass
 class SweepConfig:
     """How a study is run. Options of train.py may stand beside these, and go to every run."""
 
-    files: tuple[str, ...] = ()  # the study's file, then files that set a size, given without --
-    out_dir: str | None = None  # the study's folder; none: out/ and the names of the files
-    seeds: tuple[int, ...] | None = None  # in place of the study's, such as 4,5 for two more
-    jobs: int | None = None  # runs side by side; none: one for each GPU, or one on a CPU
-    index: int = 0  # which share to run, from 0: that of a job in a cluster's array, of all arms where there are enough
-    of: int = 1  # the number of such shares
+    files: tuple[str, ...] = ()  # the study's file, then files that set a size; given without --files=
+    out_dir: configurator.FilePath | None = None  # the study's folder; none: out/ and the names of the files
+    seeds: tuple[int, ...] | None = None  # in place of the study's own, for example 4,5 for two more
+    jobs: int | None = None  # runs at a time; none: one for each GPU, or one on a CPU
+    array_index: int = 0  # the number of this job in a job array, from 0; --index is an alias
+    array_size: int = 1  # the number of jobs in the array, which divide the runs between them; --of is an alias
     dry_run: bool = False  # print commands, tokens and FLOPs, and run nothing
-    fail_fast: bool = False  # stop everything when a run fails; to diverge is not to fail
-    watch: float = 0.0  # show how the study stands every so many seconds, and run nothing; 0: off
+    fail_fast: bool = False  # stop all runs when one fails; a run that diverges does not count as failed
+    watch: float = 0.0  # seconds after which the state of the runs is shown again, running nothing; 0: off
 
     def __post_init__(self):
-        if self.jobs is not None and self.jobs < 1:
-            raise ValueError(f"jobs must be positive, not {self.jobs}")
-        if not 0 <= self.index < self.of:
-            raise ValueError(f"index={self.index} must be at least 0 and below of={self.of}")
-        if self.watch < 0:
-            raise ValueError(f"watch must be a number of seconds, not {self.watch}")
+        configurator.require(self, positive="jobs array_size", not_negative="watch")
+        if not 0 <= self.array_index < self.array_size:
+            raise ValueError(
+                f"array_index must be from 0 to array_size - 1 = {self.array_size - 1}, got {self.array_index}"
+            )
         if self.seeds is not None:
             study_file.check_seeds(self.seeds, "the command line")
 
 
 def describe(runs):
-    """What runs cost: number, tokens, FLOPs."""
+    """What runs cost, as text: their number, tokens and FLOPs."""
     tokens, flops = sum(run.tokens for run in runs), sum(run.flops for run in runs)
-    return f"{len(runs)} run{'s' * (len(runs) != 1)}, {tokens:,} tokens, {flops:.2e} training FLOPs"
+    return f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}, {tokens:,} tokens, {flops:.2e} training FLOPs"
 
 
 def dry_run(runs):
     """Print each run's state, identity and command, and what all of them cost."""
-    for run in runs:
-        print(f"# {run.label}: {store.state(run.folder)}, {run_files.digest(dataclasses.asdict(run.config))}")
+    states = {run: store.state(run.folder) for run in runs}
+    for run, state in states.items():
+        print(f"# {run.label}: {state}, {run_files.digest(dataclasses.asdict(run.config))}")
         print(shlex.join(run.command))
     print(f"# all: {describe(runs)}")
-    left = [run for run in runs if store.state(run.folder) not in ("finished", "diverged")]
-    if len(left) < len(runs):
-        print(f"# left: {describe(left)}")
+    remaining = [run for run, state in states.items() if state not in ("finished", "diverged")]
+    if len(remaining) < len(runs):
+        print(f"# remaining: {describe(remaining)}")
 
 
 def visible_gpus():
-    """The names of the GPUs that a run may see, as CUDA_VISIBLE_DEVICES has them."""
+    """The names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them."""
     import torch
 
     names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
@@ -80,63 +82,67 @@ def visible_gpus():
 
 
 def sweep(cfg, options=()):
-    """Run a study as cfg, a SweepConfig, says; options: arguments of train.py for every run. The exit status.
+    """Run a study as cfg, a SweepConfig, says; options: arguments of train.py for every run. Returns the exit status.
 
-    0: all runs of this share are finished; 1: some failed or diverged; 130: stopped. Raises ValueError before the
-    first of them starts.
+    0: all runs of this job are finished; 1: some failed or diverged; 130: a signal stopped them. Raises ValueError for
+    a mistake before the first run is started.
     """
     folder = study_folder(cfg)
     if cfg.watch:
         status.watch(folder, cfg.watch)
         return 0
-    runs, content = plan(cfg, list(options))
-    mine = share(runs, content["arms"], cfg.index, cfg.of)
-    for run in runs:
+    all_runs, content = planned_runs(cfg, list(options))
+    runs = runs_of_array_job(all_runs, content["arms"], cfg.array_index, cfg.array_size)
+    for run in all_runs:
         check_folder(run)
     if cfg.dry_run:
-        dry_run(mine)
+        dry_run(runs)
         return 0
-    for place in {(run.config.data_dir, run.config.dataset) for run in mine}:
-        data.load_bins(*place)  # raises where every run would
+    for place in {(run.config.data_dir, run.config.dataset) for run in runs}:
+        data.load_bins(*place)  # raises here what every run would raise
     store.write_study(folder, content)
-    print(f"{folder}: {describe(mine)}", flush=True)
-    gpus = visible_gpus() if any(run.config.device in ("auto", "cuda") for run in mine) else []
-    work = workers.Execution(mine, cfg.jobs or max(1, len(gpus)), gpus if len(gpus) > 1 else ())
-    result = work.execute(cfg.fail_fast)
-    for run, why in work.failed.items():
+    print(f"{folder}: {describe(runs)}", flush=True)
+    gpus = visible_gpus() if any(run.config.device in ("auto", "cuda") for run in runs) else []
+    execution = workers.Execution(runs, cfg.jobs or max(1, len(gpus)), gpus if len(gpus) > 1 else ())
+    result = execution.execute(cfg.fail_fast)
+    print_outcome(execution, result, folder)
+    return {True: 0, False: 1, None: 130}[result]
+
+
+def print_outcome(execution, result, folder):
+    """Print which runs failed or diverged, and what to do next. result: that of Execution.execute."""
+    n_runs, n_failed, n_diverged = len(execution.runs), len(execution.failed), len(execution.diverged)
+    for run, why in execution.failed.items():
         log = run.folder / "log.txt"
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:] if log.exists() else []
-        print("\n".join([f"{run.label}: {why}; the end of {log}:", *("    " + line for line in lines)]))
-    for run in work.diverged:
-        found = read_json(run.folder / "nonfinite.json") or {}
-        print(f"{run.label}: diverged at step {found.get('step')}; see {run.folder / 'nonfinite.json'}")
-    if work.diverged:
-        print(
-            f"{len(work.diverged)} of {len(mine)} runs diverged; the same command does not try one again unless you "
-            "delete its nonfinite.json"
-        )
+        print("\n".join([f"{run.label}: {why}; the last lines of {log}:", *("    " + line for line in lines)]))
+    for run in execution.diverged:
+        path = run.folder / run_files.NONFINITE
+        print(f"{run.label}: diverged at step {(read_json(path) or {}).get('step')}; see {path}")
+    if n_diverged:
+        print(f"{n_diverged} of {n_runs} runs diverged; to try one again, delete its {run_files.NONFINITE}")
     if result is None:
-        print("stopped; the same command goes on")
-        return 130
-    if work.failed:
-        print(f"{len(work.failed)} of {len(mine)} runs did not end; the same command tries them again")
-        return 1
-    finished = f"{len(mine) - len(work.diverged)} of {len(mine)}" if work.diverged else f"all {len(mine)}"
-    print(f"{finished} runs are finished; compare them with: python report.py {folder}")
-    return 0 if result else 1
+        print("stopped; repeat the command to continue")
+    elif n_failed:
+        print(f"{n_failed} of {n_runs} runs failed; repeat the command to try them again")
+    else:
+        finished = f"{n_runs - n_diverged} of {n_runs}" if n_diverged else f"all {n_runs}"
+        print(f"{finished} runs are finished; compare them with: python report.py {folder}")
 
 
 def main(argv):
     """The command; see the module's docstring."""
     own, fields = configurator.field_types(SweepConfig), configurator.field_types(TrainConfig)
-    mine, options = [], []
+    of_sweep, of_runs = [], []
     for argument in argv:
+        name, equals, value = argument.partition("=")
+        argument = OLD_NAMES.get(name, name) + equals + value
         name = option_name(argument)
         is_of_runs = argument.startswith("--") and name not in own and name != "help"
         if is_of_runs:
-            configurator.known(name, own | fields, "the command line")
-        (options if is_of_runs else mine).append(argument)
-    return sweep(configurator.parse(SweepConfig, mine, positional="files"), options)
+            configurator.known(name, own | fields, configurator.COMMAND_LINE)
+        (of_runs if is_of_runs else of_sweep).append(argument)
+    return sweep(configurator.parse(SweepConfig, of_sweep, positional="files"), of_runs)
 
 
 if __name__ == "__main__":

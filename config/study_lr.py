@@ -1,13 +1,9 @@
 # Each arm at learning rates around the size's own, by factors of two: the fair comparison is best against best.
+#     python sweep.py config/study_lr.py config/quick.py --jobs=2
 arms = {"baseline": "config/baseline_tied.py", "reduced": "config/reduced_tied.py"}
 control = "baseline"
-grid = {
-    "learning_rate": [
-        "{learning_rate}/4",
-        "{learning_rate}/2",
-        "{learning_rate}",
-        "{learning_rate}*2",
-        "{learning_rate}*4",
-    ]
-}
 seeds = [1, 2, 3]
+
+
+def grid(size):
+    return [dict(learning_rate=size.learning_rate * factor) for factor in (1 / 4, 1 / 2, 1, 2, 4)]

@@ -1,6 +1,6 @@
-# Arms compared at equal numbers of parameters. At the baseline's number: W_Q = I with a wider MLP against the baseline.
-# At that of W_Q = I: W_Q = I, and a baseline narrower throughout (744 at n_embd 768, 124 at 128; only about as many
-# parameters), each against a baseline with a narrower MLP.
+# Arms with equal numbers of parameters. As many as the baseline has: W_Q = I with a wider MLP, against the baseline. As
+# many as W_Q = I has: W_Q = I, and a baseline that is narrower throughout (n_embd 744 in place of 768, 124 in place of
+# 128, so about as many), each against a baseline with a narrower MLP.
 #     python sweep.py config/study_params.py config/quick.py --jobs=2
 arms = {
     "baseline": "config/baseline_tied.py",

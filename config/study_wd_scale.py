@@ -1,4 +1,5 @@
-# The paper's two arms differ in weight decay and attention scale as well as in W_Q. Here each has every value of both.
+# The paper's two arms differ in weight decay and attention scale as well as in W_Q. Here each has every
+# combination of both.
 #     python sweep.py config/study_wd_scale.py config/quick.py --jobs=2
 arms = {"baseline": "config/baseline_tied.py", "reduced": "config/reduced_tied.py"}
 control = "baseline"

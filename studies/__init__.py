@@ -1,1 +1,1 @@
-"""Runs become findings."""
+"""From studies to runs, and from runs to findings; see README.md beside this file."""

@@ -1,8 +1,7 @@
-"""Run folders grouped into arms: what is compared with what, and the losses and curves of each.
+"""Run folders grouped into arms: which arm is compared with which, and the losses and curves of each.
 
-A study folder (see studies/store.py) says which run is of which arm, at which point of the grid, and which arm is its
-control. Run folders without a study are grouped by their configurations: runs that differ in nothing but the seed are
-one arm.
+A study folder (see studies/store.py) says to which arm and point of the grid a run belongs, and which arm is its
+control. Run folders without a study are grouped by their configurations: runs that differ only in the seed are one arm.
 """
 
 import dataclasses
@@ -17,19 +16,19 @@ import numpy as np
 from engine import run_files
 from engine.files import read_json
 from engine.flops import cost
-from engine.run_files import has_diverged, identity, last_step
-from studies.store import read_study, run_folder, state
+from studies import comparison
+from studies.store import is_study, read_study, run_folder, state
 from train_config import TrainConfig
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
-    """A run folder's files as train.py wrote them; summary is None while the run is not finished."""
+    """The files of a run folder, as train.py wrote them."""
 
     folder: Path
-    config: dict
-    facts: dict
-    summary: dict | None
+    config: dict  # the resolved configuration (config.json)
+    facts: dict  # parameters, data, versions, device (run.json)
+    summary: dict | None  # final losses, speed (summary.json); None while the run is not finished
 
     @cached_property
     def metrics(self):
@@ -38,31 +37,32 @@ class Run:
 
     @property
     def seed(self):
-        """(seed, data_seed): runs of two arms that share it are a pair."""
+        """(seed, data_seed): runs of two arms with the same one are a pair."""
         return self.config["seed"], self.config["data_seed"]
 
     @property
     def experiment(self):
-        """What the runs of an arm have in common: all that determines a result, less the seed."""
-        return {name: value for name, value in identity(self.config).items() if name not in ("seed", "data_seed")}
+        """All options that determine the result, except the seeds: the runs of an arm have these in common."""
+        options = run_files.identity(self.config)
+        return {name: value for name, value in options.items() if name not in ("seed", "data_seed")}
 
     @property
     def precision(self):
-        """The number formats of its segments, in order: 'float32', or 'float32, bfloat16' if that changed on resume."""
+        """The dtypes of its segments, in order: 'float32', or 'float32, bfloat16' if it was resumed with another."""
         segments = [segment["dtype"] for segment in self.facts.get("segments", []) if segment.get("dtype")]
         return ", ".join(dict.fromkeys(segments or [str(self.facts.get("dtype"))]))
 
 
-@dataclass
+@dataclass(eq=False)  # cells are told apart by identity, and can be keys
 class Cell:
-    """An arm at one point of the grid: finished runs that differ in nothing but the seed."""
+    """An arm at one point of the grid: its finished runs, which differ only in the seed."""
 
     arm: str
     point: dict  # grid field -> value; empty without a grid
     control: str  # the arm that it is compared with; a control names itself
-    configured: dict = field(default_factory=dict)  # grid field -> the value that the arm's own files set
+    configured: dict = field(default_factory=dict)  # grid field -> the arm's default setting, from its own files
     runs: dict = field(default_factory=dict)  # seed -> Run
-    n_diverged: int = 0  # runs that are not among them because their loss was not finite
+    n_diverged: int = 0  # further runs, which diverged
 
     @property
     def label(self):
@@ -71,18 +71,19 @@ class Cell:
 
     @property
     def losses(self):
-        """seed -> final validation loss, nats a token."""
+        """seed -> final validation loss, nats per token."""
         return {seed: run.summary["val_loss"] for seed, run in self.runs.items()}
 
     @property
     def example(self):
-        """One of the runs, for what all of them have in common."""
+        """One of the runs, to look up what all of them have in common."""
         return next(iter(self.runs.values()))
 
     def curve(self, kind, name, seeds=None):
         """A metric at the steps that all runs recorded: steps, (n,), and values, (seeds, n) or (seeds, n, layers).
 
-        seeds: those to take, in this order; None: all. A null among layers is NaN; a null record is none.
+        kind, name: which records of metrics.jsonl, and which of their values. seeds: those to take, in this order;
+        None: all. Records where the value is null are left out; a null among the values of the layers becomes NaN.
         """
         records = [
             {r["step"]: r[name] for r in self.runs[seed].metrics if r["kind"] == kind and r.get(name) is not None}
@@ -98,10 +99,10 @@ class Results:
 
     name: str
     grid: dict  # field -> values
-    cells: list  # of Cell; those without a finished run are left out
-    unfinished: list  # (folder, why) of each run that does not count
-    command: str | None = None  # that repeats the study
-    planned: list = field(default_factory=list)  # of Cell: those without a finished run, too
+    cells: list  # of Cell, each with at least one finished run
+    unfinished: list  # (folder, state) of each run that is not finished
+    command: str | None = None  # the command that repeats the study
+    all_cells: list = field(default_factory=list)  # cells, and those without a finished run
 
     @property
     def arms(self):
@@ -115,26 +116,29 @@ class Results:
 
     @cached_property
     def size_fields(self):
-        """The grid's fields that change what a model or its training costs (n_embd, max_iters): no matter of tuning."""
+        """The grid's fields that change the cost of a model or its training (n_embd, max_iters); they are not tuned."""
         config = self.cells[0].example.config
         return [name for name, values in self.grid.items() if changes_cost(config, name, values)]
 
     @property
     def tuned_fields(self):
-        """The grid's other fields, over which each arm may choose its best value."""
+        """The grid's other fields, of which each arm may have its best value."""
         return [name for name, values in self.grid.items() if name not in self.size_fields and len(values) > 1]
 
     def points(self, cell):
-        """The cells of a cell's arm and size, those without a finished run included."""
-        return [other for other in self.planned if other.arm == cell.arm and self.size(other) == self.size(cell)]
+        """The cells of the same arm and size as a cell, including those without a finished run."""
+        return [other for other in self.all_cells if other.arm == cell.arm and self.size(other) == self.size(cell)]
 
     def candidates(self, cell):
-        """The points among which the best of a cell's arm and size is chosen: no run of theirs has diverged."""
+        """The cells among which the best of a cell's arm and size is chosen: those of which no run has diverged.
+
+        Where there is none of these, all that have a finished run.
+        """
         points = [point for point in self.points(cell) if point.runs]
         return [point for point in points if not point.n_diverged] or points
 
     def size(self, cell):
-        """The part of a cell's point that is its size."""
+        """The part of a cell's point that is its size: size field -> value."""
         return {name: value for name, value in cell.point.items() if name in self.size_fields}
 
     @cached_property
@@ -146,7 +150,7 @@ class Results:
         return [lowest(self.candidates(cell)) for cell in firsts.values()]
 
     def _pairs(self, cells, place):
-        """(cell, its control's cell) for each of some cells, where place(cell) is the same and they can be compared."""
+        """(cell, its control's cell) for each cell whose control has a comparable cell with the same place(cell)."""
         return [
             (cell, other)
             for cell in cells
@@ -161,7 +165,10 @@ class Results:
 
     @property
     def configured_pairs(self):
-        """(an arm, its control), each as its own files set the tuned fields, at each size: no loss had a part in it."""
+        """(cell of an arm, cell of its control) with each arm's default settings of the tuned fields, at each size.
+
+        Unlike the best points, these were not chosen by any result.
+        """
         tuned = self.tuned_fields
         cells = [
             cell
@@ -175,11 +182,11 @@ class Results:
         """(cell, its control's cell at the same point)."""
         return self._pairs(self.cells, lambda cell: cell.point)
 
-    def left_out_losses(self, cell):
-        """seed -> the loss of this seed at the point that the other seeds choose, for the arm and size of a cell.
+    def leave_one_out_losses(self, cell):
+        """seed -> its loss at the point that is best for the other seeds, for the arm and size of a cell.
 
-        Unlike the losses at the best point, these had no part in its choice. Of the seeds that all points have; empty
-        where there is nothing to choose, or less than two such seeds.
+        Unlike the losses at the best point, these had no part in choosing it. Only of seeds that are finished at all
+        points; empty where there is only one point, or fewer than two such seeds.
         """
         cells = self.candidates(cell)
         seeds = common_seeds(cells)
@@ -188,7 +195,7 @@ class Results:
         return {seed: lowest(cells, without=seed).losses[seed] for seed in seeds}
 
     def at_the_edge(self, cell):
-        """The tuned fields whose value in this cell is the least or the greatest number tried; zero has none below."""
+        """The tuned fields whose value in a cell is the grid's least number, unless that is zero, or its greatest."""
         found = []
         for name in self.tuned_fields:
             numbers, value = list(filter(is_number, self.grid[name])), cell.point[name]
@@ -199,13 +206,16 @@ class Results:
 
 
 def changes_cost(config, name, values):
-    """Whether a field's values make models or trainings of different cost from a configuration, a dict."""
+    """Whether different values of a field change a model's parameters or the tokens of its training.
+
+    config: the other fields, name -> value.
+    """
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     costs = set()
     for value in values:
         try:
             changed = TrainConfig(**{key: config[key] for key in known} | {name: value})
-        except ValueError:  # a shape that needs other fields to go with it
+        except ValueError:  # a shape that is valid only with other fields changed, too
             return True
         counts = cost(changed.model_config())
         costs.add((counts.total, counts.attn_mlp, changed.max_iters * changed.tokens_per_step))
@@ -213,14 +223,14 @@ def changes_cost(config, name, values):
 
 
 def common_seeds(cells):
-    """The seeds that all of some cells have finished, in order."""
+    """The seeds that are finished in all of the cells, in order."""
     return sorted(set.intersection(*(set(cell.runs) for cell in cells)))
 
 
 def lowest(cells, without=None):
-    """The cell with the lowest mean loss over the seeds that all of them have; without: a seed that has no say.
+    """The cell with the lowest mean loss over the seeds that all cells have; without: a seed that is left out.
 
-    Where no seed is everywhere, among those with the most seeds.
+    If no seed is in all cells: the cell with the lowest mean loss among those with the most seeds.
     """
     seeds = set(common_seeds(cells)) - {without}
     if not seeds:
@@ -230,25 +240,30 @@ def lowest(cells, without=None):
 
 
 def are_comparable(cell, control):
-    """Whether two losses measure the same thing: filling in masked tokens is not foreseeing the next one."""
+    """Whether two cells' losses measure the same thing: that of masked tokens and that of the next token do not."""
     return cell.example.config["objective"] == control.example.config["objective"]
 
 
-def unlike(cell, control):
-    """What beside their options is not alike in two cells whose losses are compared, as phrases."""
+def mismatches(cell, control):
+    """What makes the comparison of two cells' losses unfair, as phrases: other tokens, block_size or precision."""
     a, b = (each.example for each in (cell, control))
     found = []
     if a.summary["tokens"] != b.summary["tokens"]:
-        found.append(f"on {a.summary['tokens'] / b.summary['tokens']:.3g} × the tokens")
+        found.append(f"{a.summary['tokens'] / b.summary['tokens']:.3g} × the training tokens")
     if a.config["block_size"] != b.config["block_size"]:
-        found.append(f"context {a.config['block_size']} against {b.config['block_size']}")
+        found.append(f"block_size {a.config['block_size']} against {b.config['block_size']}")
     if a.precision != b.precision:
         found.append(f"{a.precision} against {b.precision}")
     return found
 
 
+def compare_cells(pairs):
+    """A comparison.Comparison for each (cell, control's cell) in pairs; together they are one family of tests."""
+    return comparison.compare([(cell.losses, control.losses) for cell, control in pairs])
+
+
 def is_number(value):
-    """Whether a value of the grid is a number (a boolean is none)."""
+    """Whether a value of the grid is a number; True and False are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -263,23 +278,27 @@ def point_text(point):
 
 
 def load(folders, control=None):
-    """The Results in one study folder or in run folders; control: the arm to compare all others with.
+    """The Results of one study folder, or of run folders.
 
-    Without control, a study's own are taken, and the first arm for run folders. Raises ValueError for a folder that is
-    neither, a control that is no arm, two runs of one seed in an arm, runs of an arm that differ in more than the seed,
-    and runs on different data.
+    control: the arm to compare all others with; None: the study's own controls, or the first arm of run folders.
+    Raises ValueError for a folder that is neither, a control that is not an arm, two runs with one seed in an arm, runs
+    of an arm that differ in more than the seed, and runs on different data.
     """
-    studies = [folder for folder in folders if (Path(folder) / "study.json").exists()]
+    studies = list(filter(is_study, folders))
     if studies and len(folders) > 1:
-        raise ValueError(f"{studies[0]} is a study: report on it alone, or name run folders ({studies[0]}/*/seed*)")
+        raise ValueError(
+            f"{studies[0]} is a study, which must be the only folder of a report: leave out the others, or name the "
+            f"study's run folders, {studies[0]}/*/seed*"
+        )
     results = _load_study(studies[0]) if studies else _load_runs(folders)
-    results.planned, results.cells = results.cells, [cell for cell in results.cells if cell.runs]
+    results.cells = [cell for cell in results.all_cells if cell.runs]
     if not results.cells:
         folder, why = results.unfinished[0]
-        raise ValueError(f"none of the runs is finished, so there is nothing to report; {folder}: {why}")
+        raise ValueError(f"there is nothing to report, since no run is finished: {folder} is {why}")
     if control is not None:
         if control not in results.arms:
-            raise ValueError(f"control={control} is no arm with a finished run; the arms are {', '.join(results.arms)}")
+            arms = ", ".join(results.arms)
+            raise ValueError(f"control must be an arm with a finished run (one of {arms}), got {control!r}")
         for cell in results.cells:
             cell.control = control
     _check_same_data(results)
@@ -287,85 +306,90 @@ def load(folders, control=None):
 
 
 def read_run(folder):
-    """The Run in a folder, or None where train.py has not begun one."""
-    config, facts, summary = (read_json(Path(folder) / name) for name in ("config.json", "run.json", "summary.json"))
+    """The Run in a folder, or None where there is none."""
+    names = (run_files.CONFIG, run_files.FACTS, run_files.SUMMARY)
+    config, facts, summary = (read_json(Path(folder) / name) for name in names)
     if config is None or facts is None:
         return None
-    # A run that is older than an option did as the option's default does.
+    # A run from before an option existed did what is now the option's default.
     return Run(Path(folder), dataclasses.asdict(TrainConfig()) | config, facts, summary)
 
 
 def _load_study(folder):
     content = read_study(folder)
-    results = Results(content["name"], content["grid"], [], [], content.get("command"))
+    results = Results(content["name"], content["grid"], cells=[], unfinished=[], command=content.get("command"))
     for entry in content["arms"]:
         cell = Cell(entry["arm"], entry["point"], entry["control"], entry.get("configured", {}))
-        results.cells.append(cell)
+        results.all_cells.append(cell)
         for seed in content["seeds"]:
             path = run_folder(folder, entry["name"], seed)
             run = read_run(path)
             if run is None or run.summary is None:
-                where = f", step {last_step(path):,}" if run else ""
-                results.unfinished.append((path, state(path) + where))
-                cell.n_diverged += has_diverged(path)
+                _add_unfinished(results, cell, path, run, state(path))
             else:
-                _add(cell, run)
+                _add_finished(cell, run)
     return results
 
 
 def _load_runs(folders):
-    groups = []  # lists of runs that differ in nothing but the seed
+    groups = []  # lists of runs that differ only in the seed
     for folder in folders:
         run = read_run(folder)
         if run is None:
             raise ValueError(
-                f"{folder} is neither a study nor a run: it has no study.json, and not both config.json and run.json"
+                f"{folder} is neither a study nor a run: a study has study.json, a run has config.json and run.json"
             )
         group = next((group for group in groups if group[0].experiment == run.experiment), None)
         if group is None:
             groups.append(group := [])
         group.append(run)
     names = _names(groups)
-    results = Results(f"{names[0]} and {len(names) - 1} more" if len(names) > 2 else " and ".join(names), {}, [], [])
+    title = f"{names[0]} and {len(names) - 1} more" if len(names) > 2 else " and ".join(names)
+    results = Results(title, grid={}, cells=[], unfinished=[])
     for name, group in zip(names, groups, strict=True):
         cell = Cell(name, {}, names[0])
-        results.cells.append(cell)
+        results.all_cells.append(cell)
         for run in group:
             if run.summary is None:
-                why = "diverged" if has_diverged(run.folder) else "not finished"
-                where = f"step {last_step(run.folder):,} of {run.config['max_iters']:,}"
-                results.unfinished.append((run.folder, f"{why}, {where}"))
-                cell.n_diverged += has_diverged(run.folder)
+                how = "diverged" if run_files.has_diverged(run.folder) else "not finished"
+                _add_unfinished(results, cell, run.folder, run, how)
             else:
-                _add(cell, run)
+                _add_finished(cell, run)
     return results
 
 
-def _add(cell, run):
+def _add_unfinished(results, cell, folder, run, how):
+    """List a run that is not finished, with its state; run: None where it was not started."""
+    step = f", step {run_files.last_step(folder):,} of {run.config['max_iters']:,}" if run else ""
+    results.unfinished.append((folder, how + step))
+    cell.n_diverged += run_files.has_diverged(folder)
+
+
+def _add_finished(cell, run):
     """Put a finished run into its cell."""
     if run.seed in cell.runs:
         seed, data_seed = run.seed
         raise ValueError(
-            f"{cell.runs[run.seed].folder} and {run.folder} are both seed {seed} (data_seed {data_seed}) of "
-            f"{cell.label}: a seed counts once, leave one of them out"
+            f"{cell.runs[run.seed].folder} and {run.folder} both have seed {seed} (data_seed {data_seed}) of "
+            f"{cell.label}, which must have each seed once: leave out one of them"
         )
     if cell.runs and run.experiment != cell.example.experiment:
         a, b = cell.example.experiment, run.experiment
         names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
         raise ValueError(
-            f"{cell.example.folder} and {run.folder}, runs of {cell.label}, differ in {', '.join(names)} and should "
-            "differ in the seed alone: repeat one of them"
+            f"{cell.example.folder} and {run.folder} are runs of {cell.label}, which must differ only in the seed, but "
+            f"they differ in {', '.join(names)}: repeat one of them"
         )
     if cell.runs and run.precision != cell.example.precision:
         raise ValueError(
-            f"{cell.example.folder} is in {cell.example.precision} and {run.folder} in {run.precision}, "
-            f"which changes the loss of {cell.label} by more than chance: repeat one of them, with --dtype=…"
+            f"{cell.example.folder} was trained in {cell.example.precision} and {run.folder} in {run.precision}, but "
+            f"runs of {cell.label} must have one dtype, since it changes the loss: repeat one of them with --dtype=…"
         )
     cell.runs[run.seed] = run
 
 
 def _names(groups):
-    """A name for each group of runs: its folder's, less what tells the seeds apart; the whole path where two agree."""
+    """A name for each group of runs: its folders' names without the seed, or the whole path where two names agree."""
     names = []
     for group in groups:
         folders = [run.folder.resolve() for run in group]
@@ -384,5 +408,5 @@ def _check_same_data(results):
         if a != b:
             raise ValueError(
                 f"{first.folder} and {run.folder} were trained on different data (fingerprints {a} and {b}), so their "
-                "losses cannot be compared: report on them separately"
+                "losses cannot be compared: make a report of each"
             )

@@ -1,9 +1,9 @@
-"""What losses of several seeds can tell: means with intervals, differences paired by seed, and a verdict in words.
+"""Statistics over seeds: means with intervals, differences paired by seed, and a verdict in words.
 
-Two runs with one seed read the same data in the same order, and begin with the same weights where they have the same
-matrices in the same order: everything here is about the differences of such pairs.
-Losses are in nats a token. Intervals and p-values are Student's t as scipy computes it, two-sided, which takes the
-differences of the seeds to be normal and independent.
+Runs of two arms with the same seed read the same data in the same order, and start from the same weights as far as they
+have the same matrices in the same order. So the statistics are of the differences of such pairs.
+Losses are in nats per token. Intervals and p-values are Student's t (scipy's), two-sided; they assume that the
+differences of the seeds are normal and independent.
 """
 
 import math
@@ -13,23 +13,23 @@ import numpy as np
 
 CONFIDENCE = 0.95
 POWER = 0.8
-DIFFERENCE = 0.01  # nats a token: the difference for which the necessary number of seeds is stated
+DIFFERENCE = 0.01  # nats per token: the difference for which the number of seeds needed is stated
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over n seeds, with their standard deviation, its interval and a t-test; None where n is too small."""
+    """A mean over n seeds, with its 95 % interval and a t-test; None where n is too small for one."""
 
     n: int
     mean: float | None
-    sd: float | None = None  # of one seed, not of the mean
-    low: float | None = None
+    sd: float | None = None  # the standard deviation over seeds, not that of the mean
+    low: float | None = None  # the interval's ends
     high: float | None = None
-    p: float | None = None  # of the hypothesis that the mean is zero
+    p: float | None = None  # of the null hypothesis that the true mean is zero
 
     @property
     def half_width(self):
-        """Half of the interval, or None."""
+        """Half of the interval's width, or None."""
         return None if self.low is None else (self.high - self.low) / 2
 
 
@@ -39,47 +39,57 @@ class Comparison:
 
     difference: Mean  # arm − control over the seeds that both have: below zero the arm is better
     p_holm: float | None  # difference.p, adjusted for the number of comparisons made together
-    # To see a difference of DIFFERENCE with probability POWER: the number of seeds if their standard deviation is the
-    # true one, and if that is at the lower or upper end of its interval.
+    # The number of seeds that detects a difference of DIFFERENCE with probability POWER, if the true standard deviation
+    # is that of these seeds, and if it is at the lower or upper end of its interval.
     seeds_needed: tuple[int, int, int] | None
 
     @property
-    def is_clear(self):
-        """Whether the difference can be told from zero."""
+    def is_significant(self):
+        """Whether the difference is significantly different from zero."""
         return self.p_holm is not None and self.p_holm < 1 - CONFIDENCE and self.difference.sd > 0
 
     @property
-    def verdict(self):
-        """What the comparison says, in words."""
+    def conclusion(self):
+        """The verdict in a few words, without numbers of seeds needed."""
         d = self.difference
         if d.n == 0:
-            return "no finished seed in common with the control"
+            return "inconclusive: no finished seed in common"
         if d.n == 1:
-            return "one seed cannot tell"
+            return "inconclusive: only one seed"
         if d.sd == 0:
-            return f"{'the same' if d.mean == 0 else 'the same difference'} in each of {d.n} seeds"
-        if self.is_clear:
+            return f"{'identical' if d.mean == 0 else 'inconclusive: the same difference'} in each of {d.n} seeds"
+        if self.is_significant:
             return "better" if d.mean < 0 else "worse"
-        text = f"not distinguishable with {d.n} seeds"
-        if d.p < 1 - CONFIDENCE:
-            text += " among so many comparisons"
+        corrected = " after Holm's correction" if d.p < 1 - CONFIDENCE else ""
+        return f"not distinguishable with {d.n} seeds{corrected}"
+
+    @property
+    def power_note(self):
+        """How many seeds would detect a difference of DIFFERENCE, as text; '' where the conclusion needs no note."""
+        if self.is_significant or not self.difference.sd:
+            return ""
         needed, least, most = self.seeds_needed
-        if most <= d.n:
-            return f"{text}, which would do for a difference of {DIFFERENCE:g}"
-        if needed <= d.n:
-            return f"{text}, which may do for a difference of {DIFFERENCE:g} ({least:,} to {most:,} are needed)"
-        return f"{text}; about {needed:,} ({least:,} to {most:,}) would be needed to see a difference of {DIFFERENCE:g}"
+        if most <= self.difference.n:
+            return f"enough seeds to detect a difference of {DIFFERENCE:g}"
+        if needed <= self.difference.n:
+            return f"detecting a difference of {DIFFERENCE:g} needs {least:,} to {most:,} seeds"
+        return f"detecting a difference of {DIFFERENCE:g} needs about {needed:,} seeds ({least:,} to {most:,})"
+
+    @property
+    def verdict(self):
+        """The conclusion and the power note."""
+        return f"{self.conclusion}; {self.power_note}" if self.power_note else self.conclusion
 
 
 def summarise(values):
-    """The Mean of values, one a seed."""
+    """The Mean of values, one for each seed."""
     from scipy import stats
 
     values = np.array(list(values), dtype=float)
     if len(values) < 2:
         return Mean(len(values), float(values[0]) if len(values) else None)
     mean, sd = float(values.mean()), float(values.std(ddof=1))
-    if np.ptp(values) == 0:  # runs that are the same to the last bit: a t-test would divide by zero
+    if np.ptp(values) == 0:  # bitwise identical runs: a t-test would divide by zero
         return Mean(len(values), mean, 0.0, mean, mean, 1.0 if mean == 0 else 0.0)
     test = stats.ttest_1samp(values, 0.0)
     interval = test.confidence_interval(CONFIDENCE)
@@ -87,7 +97,7 @@ def summarise(values):
 
 
 def band(values):
-    """(mean, low, high) over the seeds of values, (seeds, n): the mean and its interval, which is None for one seed."""
+    """(mean, low, high), each (n,), of values, (seeds, n): the mean over seeds and its interval; None for one seed."""
     from scipy import stats
 
     values = np.asarray(values, dtype=float)
@@ -99,12 +109,12 @@ def band(values):
 
 
 def difference(losses, control):
-    """The Mean of losses − control over the seeds of both; each a dict from seed to loss."""
+    """The Mean of losses − control over the seeds that both have; each is a dict, seed -> loss."""
     return summarise(losses[seed] - control[seed] for seed in losses if seed in control)
 
 
 def compare(pairs):
-    """A Comparison for each (losses, control) in pairs, dicts from seed to loss; together they are one family."""
+    """A Comparison for each (losses, control) in pairs, dicts seed -> loss; together they are one family of tests."""
     differences = [difference(losses, control) for losses, control in pairs]
     adjusted = holm([d.p for d in differences])
     family = sum(p is not None for p in adjusted)
@@ -115,10 +125,10 @@ def compare(pairs):
 
 
 def slope(differences):
-    """The Mean over seeds of the slope of their differences against log2 of a size: what a doubling changes.
+    """The Mean over seeds of the slope of the differences against log2 of a size: the change per doubling.
 
-    differences: size (a positive number) -> seed -> difference. The seeds are those of all sizes, of which there must
-    be two.
+    differences: size (a positive number) -> seed -> difference. Takes the seeds that all sizes have; there must be at
+    least two sizes.
     """
     sizes = sorted(differences)
     seeds = set.intersection(*(set(differences[size]) for size in sizes))
@@ -131,8 +141,8 @@ def slope(differences):
 def holm(p_values):
     """Holm's step-down adjustment of p-values; None stays None and does not count.
 
-    Rejecting what is below a level keeps the probability of any false rejection at that level, however the tests
-    depend on each other (S. Holm, 1979).
+    Rejecting those below a level keeps the probability of any false rejection at that level, whatever the dependence
+    between the tests (S. Holm, 1979).
     """
     known = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
     adjusted, largest = [None] * len(p_values), 0.0
@@ -143,10 +153,10 @@ def holm(p_values):
 
 
 def seeds_needed(sd, level=1 - CONFIDENCE, difference=DIFFERENCE):
-    """The least number of seeds with which a paired t-test at a level sees `difference` with probability POWER.
+    """The least number of seeds with which a paired t-test at a level detects `difference` with probability POWER.
 
-    sd: the standard deviation of the paired differences, taken for the true one. The search begins at the normal
-    approximation, which is never too large, and goes by scipy's noncentral t-distribution.
+    sd: the true standard deviation of the paired differences. The search starts from the normal approximation, which is
+    never too large, and computes the power with scipy's noncentral t-distribution.
     """
     from scipy import stats
 
@@ -154,14 +164,14 @@ def seeds_needed(sd, level=1 - CONFIDENCE, difference=DIFFERENCE):
     n = max(2, math.floor(((stats.norm.ppf(1 - level / 2) + stats.norm.ppf(POWER)) / effect) ** 2))
     while True:
         critical = stats.t.ppf(1 - level / 2, n - 1)
-        noncentrality = min(effect * math.sqrt(n), 50 * critical)  # beyond, the power is 1 and scipy's range ends
+        noncentrality = min(effect * math.sqrt(n), 50 * critical)  # beyond this the power is 1, and scipy returns NaN
         if stats.nct.sf(critical, n - 1, noncentrality) >= POWER:
             return n
         n += 1
 
 
 def seeds_range(mean, level):
-    """seeds_needed for the standard deviation of a Mean, and for the ends of that one's interval (chi-squared)."""
+    """seeds_needed for the standard deviation of a Mean, and for both ends of its interval (chi-squared)."""
     from scipy import stats
 
     tails = stats.chi2.ppf([(1 + CONFIDENCE) / 2, (1 - CONFIDENCE) / 2], mean.n - 1)

@@ -1,7 +1,7 @@
-"""What the figures of a report share: colours, axes, error bars, marks for values off the scale, names beside points.
+"""What figures share: matplotlib's set-up, colours, axes, error bars, marks for values off the scale, labels of points.
 
-Bands and bars are 95 % t-intervals over seeds. Colours are Okabe and Ito's and viridis, which colour-blind readers can
-tell apart; line styles and markers change where colours repeat.
+Bands and bars are 95 % t-intervals over seeds. The colours are those of Okabe and Ito and viridis, which colour-blind
+readers can tell apart; line styles and markers change where colours repeat.
 """
 
 import itertools
@@ -15,14 +15,14 @@ from studies.arms import is_number
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 LINES = ["-", "--", "-.", ":"]
 MARKERS = "os^D"
-WIDTH = 8  # inches, of 150 dots each: what a README shows
-WIDEST = 9  # of several columns; a README shows them at 900 pixels, 9.4 inches, so that 8 points stay 8
-SMALL = 8  # points: the least size of type
-SPREAD = 4  # times the median distance: what is further off would flatten the others
+WIDTH = 8  # inches, at 150 dots per inch: of a figure with one column of panels
+WIDEST = 9  # of one with several; a README shows at most 900 pixels, 9.4 inches, so that type keeps its size
+SMALL = 8  # points: the smallest type
+SPREAD = 4  # times the median distance: values further off would flatten the others
 
 
 def new_figure(width, height):
-    """An empty figure, in inches, whose parts make room for each other."""
+    """An empty matplotlib figure, width × height inches, with constrained layout; needs no display."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -32,7 +32,7 @@ def new_figure(width, height):
 
 
 def save(figure, path):
-    """Write a figure as PNG; True."""
+    """Write a figure as PNG and close it. Its panels get a grid, and no spines above and on the right."""
     import matplotlib.pyplot as plt
 
     for panel in figure.axes:
@@ -41,7 +41,6 @@ def save(figure, path):
             panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-    return True
 
 
 def log_axis(axis):
@@ -55,7 +54,7 @@ def log_axis(axis):
 
 
 def apart(places, share=0.12):
-    """Those of some places on a logarithmic axis that are far enough from each other for their numbers to be read."""
+    """The places on a logarithmic axis whose tick labels do not overlap. share: the least gap, of the axis's length."""
     places = sorted(set(places))
     kept = places[:1]
     for place in places[1:]:
@@ -65,7 +64,7 @@ def apart(places, share=0.12):
 
 
 def styles(names):
-    """name -> colour, line style and marker; 28 differ from each other."""
+    """name -> dict of colour, line style and marker; up to 28 names have different ones."""
     turns = {name: divmod(i, len(COLOURS)) for i, name in enumerate(names)}
     return {
         name: dict(color=COLOURS[i], linestyle=LINES[turn % len(LINES)], marker=MARKERS[turn % len(MARKERS)])
@@ -74,7 +73,7 @@ def styles(names):
 
 
 def line_with_band(panel, x, values, **look):
-    """Draw the mean of values, (seeds, len(x)), with its interval; (mean, low, high), all the mean for one seed."""
+    """Draw the mean of values, (seeds, len(x)), with its interval; (mean, low, high), which are equal for one seed."""
     mean, low, high = comparison.band(values)
     panel.plot(x, mean, **look)
     if low is None:
@@ -84,14 +83,17 @@ def line_with_band(panel, x, values, **look):
 
 
 def points(panel, x, means, **look):
-    """Draw comparison.Means with their intervals, and no bar where one seed has none."""
+    """Draw comparison.Means with their intervals; no bar for one seed."""
     bars = [math.nan if mean.half_width is None else mean.half_width for mean in means]
     look = dict(capsize=3, markersize=6) | look
     panel.errorbar(x, [mean.mean for mean in means], None if np.isnan(bars).all() else bars, **look)
 
 
 def thinned(steps, values, most=100):
-    """Means over neighbouring steps, `most` groups at most: a training loss is of one batch, and noisy."""
+    """Steps and values averaged over neighbouring steps, in at most `most` groups: training losses are noisy.
+
+    steps: (n,); values: (seeds, n).
+    """
     size = max(1, math.ceil(len(steps) / most))
     groups = [slice(start, start + size) for start in range(0, len(steps), size)]
     if not groups:
@@ -101,12 +103,12 @@ def thinned(steps, values, most=100):
 
 
 def in_order(values):
-    """The values of a field, numbers by size and others as they are."""
+    """The values of a field, numbers sorted and others in their order."""
     return sorted(values) if all(map(is_number, values)) else list(values)
 
 
 def places(values):
-    """(where on an axis each value stands, whether the axis is logarithmic): zero stands a step left of the others."""
+    """(the place of each value on an axis, whether the axis is logarithmic); zero gets a place left of the others."""
     if not all(map(is_number, values)):
         return list(range(len(values))), False
     positive = [value for value in values if value > 0]
@@ -116,7 +118,7 @@ def places(values):
 
 
 def beside(places, is_log, i, n):
-    """places, moved a little for the i-th of n arms, so that their bars stand beside each other."""
+    """places, moved a little for the i-th of n arms, so that their error bars do not overlap."""
     share = 0.012 * (i - (n - 1) / 2)
     if is_log:
         return [place * (places[-1] / places[0]) ** share for place in places]
@@ -124,21 +126,21 @@ def beside(places, is_log, i, n):
 
 
 def far_off(distances, least=0.0):
-    """Which distances, of losses from the best or of differences from zero, would flatten the others: a mask.
+    """A mask of the distances that would flatten the others: of losses from the best, or of differences from zero.
 
-    least: what is no further off is not. Nothing is where leaving it out would win little room.
+    least: distances up to this are never far off. All False where leaving them out would gain little room.
     """
     distances = np.asarray(distances, dtype=float)
     far = distances > max(SPREAD * np.median(distances), least)
-    wins = far.any() and distances.max() > 1.5 * distances[~far].max()
-    return far & wins
+    gains_room = far.any() and distances.max() > 1.5 * distances[~far].max()
+    return far & gains_room
 
 
 def fit(panel, spots, least, around_zero=False):
-    """(low, high) of an axis that shows the spots; those far off get an arrow at the edge, and their text.
+    """(low, high) limits of the y axis that show the spots; those far off get an arrow at the edge, with their text.
 
-    spots: (x, comparison.Mean, colour, text) of each, drawn already; the bars of the others are in view, too. least:
-    see far_off. around_zero: they are differences, which may be far off on either side.
+    spots: (x, comparison.Mean, colour, text) of each, already drawn; the error bars of those not far off are in view,
+    too. least: see far_off. around_zero: they are differences, which may be far off on either side.
     """
     means = np.array([mean.mean for _, mean, *_ in spots])
     bars = np.array([mean.half_width or 0 for _, mean, *_ in spots])
@@ -156,14 +158,14 @@ def fit(panel, spots, least, around_zero=False):
 
 
 def _mark(panel, spots, upward):
-    """Draw the arrows and texts of spots off the scale; the share of the panel's height that they take."""
+    """Draw the arrows and texts of spots off the scale; returns the share of the panel's height that they take."""
     if not spots:
         return 0.0
     width, height = panel.get_window_extent().size / panel.figure.dpi * 72  # points
     edge, inward = (1, -1) if upward else (0, 1)
-    panel.get_xlim()  # settles the limits, on which transData depends
-    x_in_data = panel.get_xaxis_transform()  # and y in shares of the panel
-    ends = []  # of the last text in each row, so that texts do not meet
+    panel.get_xlim()  # computes the limits, on which transData depends
+    x_in_data = panel.get_xaxis_transform()  # y from 0 to 1
+    ends = []  # of the last text in each row, so that texts do not overlap
     for x, _, colour, text in sorted(spots, key=lambda spot: spot[0]):
         share = panel.transAxes.inverted().transform(panel.transData.transform((x, 0.5)))[0]
         align, before = ("right", 1) if share > 0.85 else ("left", 0) if share < 0.15 else ("center", 0.5)
@@ -181,10 +183,10 @@ def _mark(panel, spots, upward):
 
 
 def name_groups(panel, groups):
-    """Write the name of each group of points beside it, covering neither points nor another name.
+    """Write the name of each group of points beside one of them, where it covers neither points nor other names.
 
-    groups: (name, [(x, y), …], colour) of each. Call it last: places are chosen in the layout as it is then. The first
-    free one is taken, ever further away, from where a line leads to the point.
+    groups: (name, [(x, y), …], colour) of each. The nearest free place is taken, with a line to the point if it is
+    further away. Call this last, since places depend on the layout.
     """
     from matplotlib.transforms import Bbox
 
@@ -192,7 +194,7 @@ def name_groups(panel, groups):
     panel.set(xlim=panel.get_xlim(), ylim=panel.get_ylim())
     inside, point = panel.get_window_extent(), panel.figure.dpi / 72  # pixels
 
-    def box(x, y, width, height):
+    def box(x, y, width, height):  # around (x, y)
         return Bbox.from_bounds(x - width / 2, y - height / 2, width, height)
 
     def is_free(place):
@@ -209,7 +211,7 @@ def name_groups(panel, groups):
     for _, spots, _ in groups:  # the lines between them
         between = [a + (b - a) * k / 8 for a, b in itertools.pairwise(spots) for k in range(1, 8)]
         taken += [box(*spot, 2 * point, 2 * point) for spot in between]
-    angles = [k * math.pi / 8 for k in (0, 8, 1, 15, 7, 9, 2, 14, 6, 10, 3, 13, 5, 11, 4, 12)]  # beside is best
+    angles = [k * math.pi / 8 for k in (0, 8, 1, 15, 7, 9, 2, 14, 6, 10, 3, 13, 5, 11, 4, 12)]  # best first: beside
     for name, spots, colour in sorted(groups, key=lambda group: -group[1][:, 1].mean()):
         text = panel.text(0, 0, name, fontsize=SMALL)
         size = text.get_window_extent().size

@@ -1,6 +1,6 @@
-"""The figures of a report: each function draws one PNG, as far as the results support it.
+"""The figures of a report. Each function writes one PNG and returns True, or returns False where it does not apply.
 
-Bands and bars are 95 % t-intervals over seeds. How things are drawn is in studies/drawing.py.
+Bands and bars are 95 % t-intervals over seeds; studies/drawing.py has what the figures share.
 """
 
 import math
@@ -13,9 +13,9 @@ import numpy as np
 from studies import comparison, drawing
 from studies.arms import are_comparable, point_text, value_text
 
-FAR = 0.1  # of the best loss: what is no further from it is in view
-LOSS = "validation loss (nats a token)"
-DIAGNOSTICS = {  # metrics of the records of kind "diagnostics" (engine/diagnostics.py), and what their axes say
+FAR = 0.1  # of the best loss: losses that are no further from it than this are always in view
+LOSS = "validation loss (nats per token)"
+DIAGNOSTICS = {  # metric in the records of kind "diagnostics" (engine/diagnostics.py) -> label of its axis
     "attn_logit_max": "largest |logit|",
     "attn_logit_mean": "mean |logit|",
     "attn_logit_std": "standard deviation\nof a query's logits",
@@ -29,11 +29,11 @@ DIAGNOSTICS = {  # metrics of the records of kind "diagnostics" (engine/diagnost
 
 
 def curves(results, path):
-    """Loss against training tokens, of each arm at its best point, with the relative difference to the control below.
+    """Loss against training tokens of each arm at its best point, with the relative difference from control below.
 
     A pair of panels for each control and size: above, validation loss (thick) and training loss (thin); below, the
-    validation loss of an arm divided by its control's, less one, paired by seed, on one scale for all where that shows
-    them. Writes nothing and returns False where no arm was evaluated more than once.
+    validation loss of an arm divided by its control's, minus one, paired by seed; see _scale_differences. False where
+    no arm was evaluated more than once.
     """
     groups = {}
     for cell in results.best:
@@ -42,15 +42,15 @@ def curves(results, path):
     if not groups:
         return False
     columns = 2 if len(groups) == 4 else min(3, len(groups))
-    rows, deep = math.ceil(len(groups) / columns), 1 + bool(results.best_pairs)
+    rows, deep = math.ceil(len(groups) / columns), 2 if results.best_pairs else 1
     height = 6.2 if columns == 1 else 4.2 if rows == 1 else 3.6 if columns == 2 else 2.6  # of a row with differences
-    height = rows * height * (1 if deep == 2 else 0.7) + 0.5 * (columns > 1)
+    height = rows * height * (1 if deep == 2 else 0.7) + (0 if columns == 1 else 0.5)
     figure = drawing.new_figure(drawing.WIDTH if columns == 1 else drawing.WIDEST, height)
     panels = figure.subplots(rows * deep, columns, squeeze=False, height_ratios=rows * [2.2, 1][:deep])
     panels = panels.reshape(rows, deep, columns).swapaxes(1, 2).reshape(-1, deep)
     most = max(cell.example.summary["tokens"] for cells in groups.values() for cell in cells)
     unit, unit_name = (1e9, "billions") if most >= 2e9 else (1e6, "millions")
-    compared = {}  # control -> (lower panel, the furthest that a mean is from zero, low, high) of each size
+    compared = {}  # control -> for each size (lower panel, the largest |mean|, low, high)
     for i, cells in enumerate(groups.values()):
         upper, *lower = panels[i]
         pairs = [(cell, control) for cell, control in results.best_pairs if cell in cells and control in cells]
@@ -61,15 +61,15 @@ def curves(results, path):
         if len(groups) > 1 and results.size_fields:
             upper.set_title(point_text(results.size(cells[0])), fontsize=10)
         if i % columns == 0:
-            upper.set_ylabel("loss (nats a token)")
+            upper.set_ylabel("loss (nats per token)")
         if pairs:
             lower[0].sharex(upper)
             upper.tick_params(labelbottom=False)
             found = lower[0], *_differences(lower[0], pairs, style, unit)
             compared.setdefault(pairs[0][1].arm, []).append(found)
             if i % columns == 0:
-                control = f"to\n{pairs[0][1].arm} " if columns == 1 else "\n"
-                lower[0].set_ylabel(f"difference {control}(%)", fontsize=8.5)
+                control = f"\nfrom {pairs[0][1].arm}" if columns == 1 else ""
+                lower[0].set_ylabel(f"difference{control} (%)", fontsize=8.5)
         elif lower:
             lower[0].remove()
         for panel in panels[i] if columns == 3 else ():
@@ -79,13 +79,14 @@ def curves(results, path):
     _scale_differences(compared)
     figure.align_ylabels()
     figure.supxlabel(f"training tokens ({unit_name})", fontsize=10)
-    below = "; below, the difference to the control" if compared and columns > 1 else ""
+    below = "; below, the difference from control" if compared and columns > 1 else ""
     figure.suptitle(f"Validation loss (thick) and training loss (thin){below}", fontsize=11)
-    return drawing.save(figure, path)
+    drawing.save(figure, path)
+    return True
 
 
 def _losses(panel, cells, labels, style, unit):
-    """Draw the training and validation losses of cells, against tokens in a unit."""
+    """Draw the training and validation losses of cells. unit: the number of tokens in a unit of the x axis."""
     lowest, highest = math.inf, -math.inf
     for cell in cells:
         look = {name: style[cell.arm][name] for name in ("color", "linestyle")}
@@ -98,7 +99,7 @@ def _losses(panel, cells, labels, style, unit):
         steps, losses = cell.curve("eval", "val_loss")
         x = steps * tokens_per_step
         mean, low, high = drawing.line_with_band(panel, x, losses, linewidth=2, label=labels[cell.arm], **look)
-        # The first losses would flatten what comes later. But a line must not begin late, nor miss one of few points.
+        # The first losses would flatten the later ones, so they may be cut off, up to a quarter of the training.
         begin = np.interp(x[-1] / 4 if len(x) > 3 else 0, x, mean)
         lowest = min(lowest, mean.min(), low[-1])
         highest = max(highest, mean[np.searchsorted(x, x[-1] / 10) :].max(), high[-1], begin)
@@ -106,13 +107,13 @@ def _losses(panel, cells, labels, style, unit):
     panel.set_ylim(lowest - margin, highest + margin)
     small = panel.get_gridspec().ncols == 3
     look = dict(fontsize=drawing.SMALL, handlelength=1.2, labelspacing=0.3) if small else dict(fontsize=9)
-    panel.legend(loc="best" if small else "upper right", edgecolor="none", ncols=1 + (len(cells) > 6), **look)
+    panel.legend(loc="best" if small else "upper right", edgecolor="none", ncols=2 if len(cells) > 6 else 1, **look)
 
 
 def _differences(panel, pairs, style, unit):
-    """Draw relative differences in per cent; (the furthest that a mean is from zero, low, high), with zero in between.
+    """Draw relative differences in per cent; returns (the largest |mean|, low, high), with low <= 0 <= high.
 
-    Between low and high are all means and the last interval of each; an earlier one may be cut.
+    All means and the last interval of each arm are between low and high; earlier intervals may be cut off.
     """
     low = high = furthest = 0.0
     ends = []
@@ -129,11 +130,11 @@ def _differences(panel, pairs, style, unit):
 
 
 def _scale_differences(compared):
-    """Give the panels of differences one scale, with zero, so that a gap that closes with size is seen to close.
+    """Give the panels of differences one y scale that includes zero, so that they can be compared across sizes.
 
-    compared: control -> (panel, the furthest that a mean is from zero, low, high) of each size. Two keep a scale of
-    their own, and say so: a panel whose last interval is ten times as wide as what its control's means show, such as
-    that of two seeds, and a control whose differences are far from those of the others.
+    compared: control -> for each size (panel, the largest |mean|, low, high). Two kinds of panels keep a scale of their
+    own, and say so: those whose last interval reaches ten times as far as any mean of the same control (that of two
+    seeds, for example), and those of a control whose differences are much larger than the others'.
     """
     alone, together = [], []  # (panels, low, high)
     for sizes in compared.values():
@@ -158,7 +159,10 @@ def _scale_differences(compared):
 
 
 def relative_difference(cell, control):
-    """(tokens, validation loss / the control's − 1), (seeds, n): of the seeds that both have, after as many tokens."""
+    """(tokens, (n,); validation loss / the control's − 1, (seeds, n)) where both were evaluated after as many tokens.
+
+    Only the seeds that both have.
+    """
     seeds = [seed for seed in cell.runs if seed in control.runs]
     if not seeds:
         return np.array([]), np.array([])
@@ -172,56 +176,57 @@ def relative_difference(cell, control):
 
 
 def heat_maps(results, path):
-    """The mean loss over a grid of two fields, a panel an arm, on one colour scale; the best points have a frame.
+    """The mean loss at each point of a grid of two fields, one panel per arm, on one colour scale; best points framed.
 
-    Writes nothing and returns False where the grid has not two fields of several values.
+    False unless the grid has exactly two fields with several values.
     """
     fields = [name for name, values in results.grid.items() if len(values) > 1]
     if len(fields) != 2:
         return False
     rows, columns = (drawing.in_order(results.grid[name]) for name in fields)
-    tables = {arm: np.full((len(rows), len(columns)), math.nan) for arm in results.arms}
+    means = {arm: np.full((len(rows), len(columns)), math.nan) for arm in results.arms}
     places = [(c, rows.index(c.point[fields[0]]), columns.index(c.point[fields[1]])) for c in results.cells]
     for cell, i, j in places:
-        tables[cell.arm][i, j] = np.mean(list(cell.losses.values()))
-    losses = np.array([tables[cell.arm][i, j] for cell, i, j in places])
-    # A learning rate that diverges must not hide the differences elsewhere.
+        means[cell.arm][i, j] = np.mean(list(cell.losses.values()))
+    losses = np.array([means[cell.arm][i, j] for cell, i, j in places])
+    # Very high losses must not hide the differences between the others.
     low, cut = losses.min(), losses.min() + drawing.SPREAD * (np.median(losses) - losses.min())
     high = min(losses.max(), cut) if cut > low else losses.max()
-    across = min(len(tables), 3 if len(columns) < 5 else 2)
-    down = math.ceil(len(tables) / across)
+    across = min(len(means), 3 if len(columns) < 5 else 2)
+    down = math.ceil(len(means) / across)
     figure = drawing.new_figure(1.5 + across * (0.8 + 0.62 * len(columns)), down * (1.1 + 0.42 * len(rows)))
     panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
-    for panel, arm in zip(panels.flat, tables, strict=False):
+    for panel, arm in zip(panels.flat, means, strict=False):
         look = dict(cmap="viridis_r", vmin=low, vmax=high, aspect="auto", origin="lower")
-        image = panel.imshow(tables[arm], **look)
+        image = panel.imshow(means[arm], **look)
         panel.set_title(arm, fontsize=11)
         panel.set_xticks(range(len(columns)), map(value_text, columns))
         panel.set_yticks(range(len(rows)), map(value_text, rows))
         panel.set_xlabel(fields[1])
         panel.set_ylabel(fields[0])
     for cell, i, j in places:
-        panel, loss = panels.flat[list(tables).index(cell.arm)], tables[cell.arm][i, j]
-        is_best = any(cell is best for best in results.best)
+        panel, loss = panels.flat[list(means).index(cell.arm)], means[cell.arm][i, j]
+        is_best = cell in results.best
         colour = "white" if loss - low > 0.5 * (high - low) else "black"
         weight = "bold" if is_best else "normal"
         panel.text(j, i, f"{loss:.3f}", ha="center", va="center", fontsize=8.5, color=colour, fontweight=weight)
         if is_best:
             corners = [j - 0.46, j + 0.46, j + 0.46, j - 0.46], [i - 0.46, i - 0.46, i + 0.46, i + 0.46]
             panel.fill(*corners, fill=False, edgecolor=drawing.COLOURS[1], linewidth=2.5)
-    for panel in panels.flat[len(tables) :]:
+    for panel in panels.flat[len(means) :]:
         panel.remove()
     figure.colorbar(image, ax=panels, label=LOSS, extend="max" if high < losses.max() else "neither")
-    for panel in panels.flat[: len(tables)]:
+    for panel in panels.flat[: len(means)]:
         panel.label_outer()
-    return drawing.save(figure, path)
+    drawing.save(figure, path)
+    return True
 
 
 def lines(results, path):
-    """The loss against the one field of the grid, a line an arm, with the paired difference to the control below.
+    """The loss against the one field of the grid, one line per arm, with the paired difference from control below.
 
-    The best point of an arm is filled, where the field is tuned. Writes nothing and returns False where the grid has
-    not one field of several values.
+    Where the field is tuned, the best point of an arm is filled. False unless the grid has exactly one field with
+    several values.
     """
     fields = [name for name, values in results.grid.items() if len(values) > 1]
     if len(fields) != 1:
@@ -231,10 +236,11 @@ def lines(results, path):
     places, is_log = drawing.places(values)
     pairs, style = results.point_pairs, drawing.styles(results.arms)
     figure = drawing.new_figure(drawing.WIDTH, 6.2 if pairs else 4.5)
-    panels = figure.subplots(1 + bool(pairs), 1, sharex=True, squeeze=False, height_ratios=[1.7, 1][: 1 + bool(pairs)])
+    ratios = [1.7, 1] if pairs else [1]
+    panels = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)
     upper, lower = panels[0, 0], panels[-1, 0]
 
-    def draw(panel, arm, means, text):  # means: value of the field -> Mean; what drawing.fit needs to know of them
+    def draw(panel, arm, means, text):  # means: value of the field -> Mean; returns the spots for drawing.fit
         beside = drawing.beside(places, is_log, results.arms.index(arm), len(results.arms))
         known = {value: x for value, x in zip(values, beside, strict=True) if value in means}
         look = dict(style[arm], markerfacecolor="white")
@@ -259,35 +265,37 @@ def lines(results, path):
     least = FAR * min(mean.mean for _, mean, *_ in losses)
     upper.set_ylim(drawing.fit(upper, losses, least))
     upper.set_ylabel(LOSS)
-    upper.legend(frameon=False, fontsize=9, ncols=1 + (len(results.arms) > 6))
+    upper.legend(frameon=False, fontsize=9, ncols=2 if len(results.arms) > 6 else 1)
     if pairs:
         if differences:
             lower.set_ylim(drawing.fit(lower, differences, least, around_zero=True))
         lower.axhline(0, color="black", linewidth=0.8)
-        lower.set_ylabel("difference to the control\nat the same value (nats a token)", fontsize=9)
-    return drawing.save(figure, path)
+        lower.set_ylabel("difference from control\nat the same value (nats per token)", fontsize=9)
+    drawing.save(figure, path)
+    return True
 
 
 def cost(results, training_flops, path):
-    """The loss of each arm at its best point against what it costs: parameters of attention and MLP, operations.
+    """The loss of each arm at its best point against the parameters of attention and MLP, and against training FLOPs.
 
-    training_flops: run folder -> operations of the training. The sizes of an arm are joined by its line, an arm and its
-    control by a thin one. What is the same for all arms, or for all sizes of an arm, gets no panel; only arms with the
-    objective of the first are drawn. Writes nothing and returns False for two points, and where costs are the same.
+    training_flops: run folder -> floating-point operations of the training. The sizes of an arm are connected by its
+    line, an arm and its control by a thin one. A cost that is the same for all arms, or for all sizes of an arm, gets
+    no panel. Only arms with the objective of the first are drawn. False for fewer than three points, and where all
+    costs are the same.
     """
     best = [cell for cell in results.best if are_comparable(cell, results.best[0])]
     power = 3 * int(math.log10(max(1, *(training_flops[cell.example.folder] for cell in best))) // 3)
     costs = {
         "attention + MLP parameters (millions)": lambda cell: cell.example.facts["parameters"]["attn_mlp"] / 1e6,
-        f"training operations ($10^{{{power}}}$ FLOPs)": lambda cell: training_flops[cell.example.folder] / 10**power,
+        f"training FLOPs ($10^{{{power}}}$)": lambda cell: training_flops[cell.example.folder] / 10**power,
     }
     apart = best if not results.size_fields else [cell for cell in best if cell.arm == best[0].arm]
     costs = {label: of for label, of in costs.items() if len(set(map(of, apart))) > 1}
     if not costs or len(best) < 3:
         return False
     arms = list(dict.fromkeys(cell.arm for cell in best))
-    pairs = [pair for pair in results.best_pairs if all(any(cell is other for other in best) for cell in pair)]
-    named = len(arms) > 6  # more than a legend can tell apart: then the pairs have names, and colours, of their own
+    pairs = [pair for pair in results.best_pairs if all(cell in best for cell in pair)]
+    named = len(arms) > 6  # too many for a legend: then each pair has one colour, and its name beside its points
     names = _pair_names(arms, pairs)
     style = drawing.styles(dict.fromkeys(names.values()) if named else arms)
     style = {arm: dict(style[names[arm] if named else arm]) for arm in arms}
@@ -296,25 +304,27 @@ def cost(results, training_flops, path):
             style[cell.arm]["markerfacecolor"] = "white"
     figure = drawing.new_figure(drawing.WIDTH, 5.4 if named else 4.6)
     panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
-    means = {id(cell): comparison.summarise(cell.losses.values()) for cell in best}
+    means = {cell: comparison.summarise(cell.losses.values()) for cell in best}
     limits = []
     for panel, (label, of) in zip(panels, costs.items(), strict=True):
         places = sorted(set(map(of, best)))
         for arm in arms:
             own = sorted((cell for cell in best if cell.arm == arm), key=of)
             look = dict(style[arm], label=arm) | ({} if results.size_fields else {"linestyle": "none"})
-            drawing.points(panel, list(map(of, own)), [means[id(cell)] for cell in own], **look)
+            drawing.points(panel, list(map(of, own)), [means[cell] for cell in own], **look)
         for pair in pairs:
-            panel.plot([of(c) for c in pair], [means[id(c)].mean for c in pair], color="0.6", linewidth=0.8, zorder=1)
+            panel.plot([of(c) for c in pair], [means[c].mean for c in pair], color="0.6", linewidth=0.8, zorder=1)
         if places[-1] > 3 * places[0]:
             drawing.log_axis(panel.xaxis)
             if results.size_fields:
                 ticks = drawing.apart(map(of, apart))
                 panel.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
         panel.set_xlabel(label)
-        spots = [
-            (of(c), means[id(c)], style[c.arm]["color"], f"{c.arm} " * named + f"{means[id(c)].mean:.2f}") for c in best
-        ]
+        spots = []
+        for cell in best:
+            mean = means[cell]
+            text = f"{cell.arm} {mean.mean:.2f}" if named else f"{mean.mean:.2f}"
+            spots.append((of(cell), mean, style[cell.arm]["color"], text))
         limits.append(drawing.fit(panel, spots, FAR * min(mean.mean for mean in means.values())))
     low, high = min(low for low, _ in limits), max(high for _, high in limits)
     panels[0].set_ylim(low, high)
@@ -328,17 +338,18 @@ def cost(results, training_flops, path):
     for panel, of in zip(panels, costs.values(), strict=True) if named else ():
         groups = {}
         for cell in best:
-            if means[id(cell)].mean < high:
-                spot = of(cell), means[id(cell)].mean
+            if means[cell].mean < high:
+                spot = of(cell), means[cell].mean
                 groups.setdefault((names[cell.arm], style[cell.arm]["color"]), []).append(spot)
         drawing.name_groups(panel, [(name, group, colour) for (name, colour), group in groups.items()])
-    return drawing.save(figure, path)
+    drawing.save(figure, path)
+    return True
 
 
 def _pair_names(arms, pairs):
-    """arm -> the name of its pair: what both names begin with (rope of rope-baseline and rope-reduced), or both names.
+    """arm -> the name of its pair: what both names begin with (rope for rope-baseline and rope-reduced), or both names.
 
-    A control of several arms has its own name.
+    A control of several arms keeps its own name.
     """
     names, compared = {arm: arm for arm in arms}, {}
     for cell, control in pairs:
@@ -355,14 +366,14 @@ def _pair_names(arms, pairs):
 
 
 def diagnostics(cell, control, path):
-    """What happens in attention, layer by layer, in two arms side by side, the control on the left; means over seeds.
+    """Attention diagnostics of each layer against training tokens, the control left, the arm right; means over seeds.
 
-    Writes nothing and returns False where not both were trained with diagnostics.
+    False unless both were trained with --diagnostics.
     """
     import matplotlib
 
     pair = (control, cell)
-    rows = {}  # metric -> for each of the two (steps, values of each layer)
+    rows = {}  # metric -> for each of the two (steps, (n,); values, (n, layers))
     for name in DIAGNOSTICS:
         found = [c.curve("diagnostics", name) for c in pair]
         if any(np.isfinite(values).any() for _, values in found):
@@ -376,7 +387,7 @@ def diagnostics(cell, control, path):
     for row, (name, found) in zip(panels, rows.items(), strict=True):
         for panel, c, (steps, values) in zip(row, pair, found, strict=True):
             if not np.isfinite(values).any():
-                text = "the identity" if name in ("W_Q_norm", "W_K_norm") else "not recorded"
+                text = "identity" if name in ("W_Q_norm", "W_K_norm") else "not recorded"
                 panel.text(0.5, 0.5, text, ha="center", transform=panel.transAxes, color="0.4")
                 continue
             for layer, colour in zip(values.T, colours, strict=False):
@@ -391,4 +402,5 @@ def diagnostics(cell, control, path):
         panel.set_xlabel("training tokens (millions)")
     handles = [panels[0, 0].plot([], [], color=colour, label=f"{i}")[0] for i, colour in enumerate(colours)]
     figure.legend(handles=handles, title="layer", loc="outside right upper", frameon=False)
-    return drawing.save(figure, path)
+    drawing.save(figure, path)
+    return True

@@ -1,6 +1,6 @@
-"""A report as one list of parts, written twice: as Markdown, and as one self-contained HTML page.
+"""A report as a list of parts, which become a Markdown document and a self-contained HTML page.
 
-Text is plain text in both: no part knows any markup.
+The texts of the parts are plain text, without markup.
 """
 
 import base64
@@ -65,7 +65,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of texts below a head; columns named in `words` are text and stand left, the others are numbers."""
+    """Rows of texts below a head; columns named in `words` are aligned left, the others, which are numbers, right."""
 
     head: list
     rows: list
@@ -78,10 +78,8 @@ class Table:
 
     def html(self, folder):
         def line(row, tag):
-            cells = zip(self.head, row, strict=True)
-            return "".join(
-                f"<{tag}{' class=text' * (name in self.words)}>{html.escape(text)}</{tag}>" for name, text in cells
-            )
+            classes = [" class=text" if name in self.words else "" for name in self.head]
+            return "".join(f"<{tag}{each}>{html.escape(text)}</{tag}>" for each, text in zip(classes, row, strict=True))
 
         body = "".join(f"<tr>{line(row, 'td')}</tr>\n" for row in self.rows)
         return f"<table><thead><tr>{line(self.head, 'th')}</tr></thead>\n<tbody>{body}</tbody></table>"
@@ -89,27 +87,28 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A PNG beside the report, with what it shows."""
+    """A PNG in the report's folder, and its caption."""
 
     name: str
-    caption: str  # its first sentence stands for the picture where that is not shown
+    caption: str
 
     @property
-    def short(self):
-        return self.caption.partition(".")[0]
+    def alternative(self):
+        """The caption's first sentence, for where the picture is not shown."""
+        return self.caption.partition(". ")[0].removesuffix(".")
 
     def markdown(self):
-        return f"![{self.short}]({self.name})\n\n{self.caption}"
+        return f"![{self.alternative}]({self.name})\n\n{self.caption}"
 
     def html(self, folder):
         data = base64.b64encode((Path(folder) / self.name).read_bytes()).decode("ascii")
-        alt, text = html.escape(self.short), html.escape(self.caption)
+        alt, text = html.escape(self.alternative), html.escape(self.caption)
         return f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
 
 
 @dataclass(frozen=True)
 class Code:
-    """Lines to type."""
+    """A command to type."""
 
     text: str
 
@@ -126,7 +125,7 @@ def markdown(parts):
 
 
 def web_page(parts, title, folder):
-    """The parts as an HTML document that needs no other file; pictures are read from folder."""
+    """The parts as an HTML document that needs no other file; the PNGs are read from folder."""
     body = "\n".join(part.html(folder) for part in parts)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'

@@ -1,7 +1,6 @@
-"""The runs of a study: its file and its size become commands with resolved configurations."""
+"""The runs of a study: its file and its size become `train.py` commands with resolved configurations."""
 
 import dataclasses
-import itertools
 import os
 import shlex
 import sys
@@ -16,161 +15,143 @@ from studies import store, study_file
 from train_config import TrainConfig
 
 TRAIN = configurator.ROOT / "train.py"
-NOT_AN_OPTION = ("seed", "out_dir", "resume", "eval_only")  # of a run: the sweep sets them
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
-    """One run of a study."""
+class PlannedRun:
+    """One run of a study, as it is to be started."""
 
-    name: str  # of its arm and point
+    name: str  # of its arm and point of the grid: 'reduced,n_embd=64'
     seed: int
     folder: Path
     arguments: list[str]  # of train.py
-    config: TrainConfig  # what they resolve to
+    config: TrainConfig  # what the arguments resolve to
 
     @property
     def label(self):
-        """Its folder's name within the study."""
+        """The run's folder within the study's: 'reduced,n_embd=64/seed1'."""
         return f"{self.name}/seed{self.seed}"
 
     @property
     def command(self):
-        """The words of the command line that starts it."""
+        """The command that starts the run, as a list of words."""
         return [sys.executable, os.path.relpath(TRAIN), *self.arguments]
 
     @property
     def tokens(self):
-        """How many it trains on."""
+        """The number of tokens that the run trains on."""
         return self.config.max_iters * self.config.tokens_per_step
 
     @property
     def flops(self):
-        """Operations of its training; see cost.cost."""
+        """The floating-point operations of the training; see engine.flops.cost."""
         return self.tokens * cost(self.config.model_config()).training_flops
 
     @property
     def progress(self):
-        """The share of its steps that its files say are done."""
-        return (
-            1.0
-            if run_files.is_finished(self.folder)
-            else run_files.last_step(self.folder) / max(1, self.config.max_iters)
-        )
+        """The fraction of the run's steps that its files show as done."""
+        if run_files.is_finished(self.folder):
+            return 1.0
+        return run_files.last_step(self.folder) / max(1, self.config.max_iters)
 
 
-def plan(cfg, options):
-    """A study's runs, in the order in which they should run, and the content of study.json but for its format.
+def planned_runs(cfg, options):
+    """A study's runs, in the order in which they should be started, and the content of study.json but for its format.
 
-    options: arguments of train.py for every run. Resolves and validates each run's configuration; touches no file.
-    Raises ValueError for the first mistake, and for two runs that would be the same.
+    cfg: a SweepConfig. options: arguments of train.py for every run. Resolves and validates each run's configuration;
+    writes no file. Raises ValueError for the first mistake, and for two runs that would be the same.
     """
     path, *sizes = cfg.files
-    this = study_file.read_file(path)
-    fields = configurator.field_types(TrainConfig)
+    study = study_file.read_file(path)
     size = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
     size |= configurator.read(TrainConfig, [*sizes, *options])
-
-    def fill(text):
-        try:
-            return text.format_map(size)
-        except (KeyError, ValueError, IndexError) as error:
-            raise ValueError(f"{path}: {text!r}: {{…}} must hold a field of train.py, such as {{n_embd}}") from error
-
-    grid, brings = {}, {}  # field -> its values; (field, value) -> arguments that come with the value
-    for name, values in this.grid.items():
-        configurator.known(name, fields, f"{path}: grid")
-        if name in NOT_AN_OPTION:
-            raise ValueError(f"{path}: grid: {name} is what the sweep sets for each run")
-        for value in values:
-            read = configurator.from_text(fill(value), fields[name]) if isinstance(value, str) else value
-            read = configurator.coerce(name, read, fields[name], f"{path}: grid")
-            grid.setdefault(name, []).append(read)
-            brings[name, read] = shlex.split(fill(values[value])) if isinstance(values, dict) else []
-
-    in_grid = [*grid, *(option_name(word) for words in brings.values() for word in words)]
+    points = study.points(size)
+    in_grid = [*points[0][0], *points[0][1]]
     for name in map(option_name, options):
-        if name in (*NOT_AN_OPTION, *in_grid):
-            why = f"in the grid of {path}: change it there" if name in in_grid else "what the sweep sets for each run"
-            raise ValueError(f"--{name} is {why}")
+        if name in study_file.RESERVED:
+            raise ValueError(f"--{name} cannot be an option of a study: the sweep sets it for each run")
+        if name in in_grid:
+            raise ValueError(f"--{name} is in the grid of {path}: change it there")
 
     entries = []
-    for values in itertools.product(*grid.values()):
-        point = dict(zip(grid, values, strict=True))
-        for arm, arguments in this.arms.items():
-            name = ",".join([arm, *(f"{key}={as_text(value)}" for key, value in point.items())])
-            arguments = [*sizes, *shlex.split(fill(arguments)), *shlex.split(fill(this.settings))]
+    for axes, more in points:
+        of_point = [f"--{key}={as_text(value)}" for key, value in (axes | more).items()]
+        for arm in study.arms:
+            name = ",".join([arm, *(f"{key}={as_text(value)}" for key, value in axes.items())])
+            arguments = [*sizes, *study.arguments(arm, size)]
             try:
                 own = size | configurator.read(TrainConfig, [*arguments, *options])
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-            for key, value in point.items():
-                arguments += [f"--{key}={as_text(value)}", *brings[key, value]]
-            arguments += options
-            entry = {"name": name, "arm": arm, "control": this.control[arm], "point": point, "arguments": arguments}
-            entries.append(entry | {"configured": {key: own[key] for key in point}})
+            entry = {"name": name, "arm": arm, "control": study.control[arm], "point": axes}
+            entry |= {"arguments": [*arguments, *of_point, *options], "configured": {key: own[key] for key in axes}}
+            entries.append(entry)
 
     folder = study_folder(cfg)
-    seeds = this.seeds if cfg.seeds is None else cfg.seeds
-    runs = [make_run(folder, entry, seed) for seed in seeds for entry in entries]
+    seeds = study.seeds if cfg.seeds is None else cfg.seeds
+    runs = [planned_run(folder, entry, seed) for seed in seeds for entry in entries]
     seen = {}
     for run in runs:
         other = seen.setdefault(run_files.digest(dataclasses.asdict(run.config)), run)
         if other is not run:
             raise ValueError(
-                f"{path}: {other.label} and {run.label} are the same run with these options: leave one of them out"
+                f"{path}: {other.label} and {run.label} are the same run with these options: remove one of them"
             )
-    controls = set(this.control.values())
+    controls = set(study.control.values())
     of_seeds = [f"--seeds={','.join(map(str, cfg.seeds))}"] if cfg.seeds else []
     content = {
         "name": folder.name,
         "command": shlex.join(["python", "sweep.py", *cfg.files, *options, *of_seeds]),
         "control": controls.pop() if len(controls) == 1 else None,
         "seeds": list(seeds),
-        "grid": grid,
+        "grid": {name: list(dict.fromkeys(axes[name] for axes, _ in points)) for name in points[0][0]},
         "arms": entries,
     }
     return runs, content
 
 
-def share(runs, entries, index, of):
-    """The runs of one of `of` shares of a plan: an arm, its control and what else is compared with that together.
+def planned_run(folder, entry, seed):
+    """The PlannedRun of an entry of study.json with a seed. Raises ValueError when its configuration is not valid."""
+    place = store.run_folder(folder, entry["name"], seed)
+    arguments = [*entry["arguments"], f"--seed={seed}", f"--out_dir={place}", "--resume"]
+    try:
+        config = TrainConfig(**configurator.read(TrainConfig, arguments))
+    except ValueError as error:
+        raise ValueError(f"{entry['name']}: {error}") from error
+    if config.wandb_log and not config.wandb_run_name:  # else it would be the folder's name, and all runs 'seed1'
+        arguments.append(f"--wandb_run_name={folder.name}/{entry['name']}/seed{seed}")
+    return PlannedRun(entry["name"], seed, place, arguments, config)
 
-    entries: those of study.json, of which the plan has the runs of one seed after those of another. Single runs are
-    shared out only where there are fewer such groups than shares.
+
+def runs_of_array_job(runs, entries, array_index, array_size):
+    """The runs that one job of a job array works on, of array_size jobs; array_index is from 0.
+
+    An arm, its control and all arms with the same control go to one job, so that each job's results can be compared.
+    Single runs are dealt out only where there are fewer such groups than jobs.
+    entries: those of study.json; runs has one run for each of them with the first seed, then with the second, …
     """
     control = {entry["arm"]: entry["control"] for entry in entries}
     groups = {}
     for i, run in enumerate(runs):
         entry = entries[i % len(entries)]
-        chain = [entry["arm"]]
+        chain = [entry["arm"]]  # the arm, its control, the control's control, …
         while control[chain[-1]] not in chain:
             chain.append(control[chain[-1]])
-        root = min(chain[chain.index(control[chain[-1]]) :])  # of a ring: arms may be each other's control
+        root = min(chain[chain.index(control[chain[-1]]) :])  # one name for a ring: arms may be each other's control
         groups.setdefault((run.seed, str(entry["point"]), root), []).append(run)
-    if len(groups) >= of:
-        return [run for group in list(groups.values())[index::of] for run in group]
-    ends = [len(runs) * i // of for i in (index, index + 1)]
-    return [run for group in groups.values() for run in group][slice(*ends)]
-
-
-def make_run(folder, entry, seed):
-    """The Run of an entry of study.json with a seed. Raises ValueError when its configuration is not valid."""
-    place = store.run_folder(folder, entry["name"], seed)
-    arguments = [*entry["arguments"], f"--seed={seed}", f"--out_dir={place}", "--resume"]
-    try:
-        config = TrainConfig(**configurator.read(TrainConfig, arguments))
-        if config.wandb_log and not config.wandb_run_name:  # the folder's name, seed1, is that of others, too
-            arguments.append(f"--wandb_run_name={folder.name}/{entry['name']}/seed{seed}")
-    except ValueError as error:
-        raise ValueError(f"{entry['name']}: {error}") from error
-    return Run(entry["name"], seed, place, arguments, config)
+    if len(groups) >= array_size:
+        return [run for group in list(groups.values())[array_index::array_size] for run in group]
+    in_order = [run for group in groups.values() for run in group]
+    begin, end = (len(runs) * i // array_size for i in (array_index, array_index + 1))
+    return in_order[begin:end]
 
 
 def as_text(value):
-    """A value as an option of the command line has it, and a folder's name."""
+    """A value as the command line has it, and the name of a folder."""
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    if isinstance(value, tuple):
+        return ",".join(map(as_text, value))
     return str(value)
 
 
@@ -180,25 +161,26 @@ def option_name(argument):
 
 
 def study_folder(cfg):
-    """Where the study of a SweepConfig is."""
+    """The folder of the study that a SweepConfig names."""
     if not cfg.files and not (cfg.watch and cfg.out_dir):
         raise ValueError("name a study: python sweep.py config/study_table2.py config/quick.py")
     return Path(cfg.out_dir or "out/" + "-".join(Path(path).stem for path in cfg.files))
 
 
 def check_folder(run):
-    """Raise ValueError if a run's folder holds another run, saying what differs."""
-    stored = read_json(run.folder / "config.json")
+    """Raise ValueError if the folder of a PlannedRun holds a different run, saying what differs."""
+    path = run.folder / run_files.CONFIG
+    stored = read_json(path)
     if stored is None:
         return
     try:  # through TrainConfig, so that fields that did not exist then have their defaults
         there = TrainConfig(**configurator.read(TrainConfig, [], base=stored))
     except ValueError as error:
-        raise ValueError(f"{run.folder}/config.json: {error}; remove the folder, or set another --out_dir=…") from error
+        raise ValueError(f"{path}: {error}; remove that folder, or choose another --out_dir=…") from error
     there, here = (run_files.identity(dataclasses.asdict(config)) for config in (there, run.config))
     differences = [f"{name} is {there[name]} there and {here[name]} here" for name in here if there[name] != here[name]]
     if differences:
         raise ValueError(
-            f"{run.folder} holds another run: {'; '.join(differences)}. Give this study a folder of its own with "
-            f"--out_dir=…, or remove that run"
+            f"{run.folder} already contains a different run ({'; '.join(differences)}): choose another --out_dir=…, or "
+            "remove that folder"
         )

@@ -1,13 +1,13 @@
-"""The parts of a report in words and tables: what was trained, what it reached, and what the differences say."""
+"""The tables and sentences of a report: what was trained, the losses, and the differences from control."""
 
 import dataclasses
 
 from model import GPTConfig
 from studies import comparison, page
-from studies.arms import common_seeds, is_number, point_text, unlike, value_text
+from studies.arms import common_seeds, compare_cells, is_number, mismatches, point_text, value_text
 from train_config import TrainConfig
 
-# The paper's Table 2 (arXiv 2510.23912), weight decay as in its Section 5.2.2; one run a column, on OpenWebText.
+# The paper's Table 2 (arXiv 2510.23912), weight decay as in its Section 5.2.2; one run per column, on OpenWebText.
 # (W_Q = I, tied) -> parameters, those of attention and MLP (with the position embedding), validation loss.
 PAPER = {
     (False, True): ("124M", "86M", "2.90"),
@@ -15,14 +15,14 @@ PAPER = {
     (False, False): ("163M", "86M", "2.87"),
     (True, False): ("156M", "79M", "2.86"),
 }
-# What else must be the paper's (the defaults of TrainConfig) for losses to be comparable.
+# Options that must have the paper's value (the default of TrainConfig) for losses to be comparable with the paper's.
 SETTING = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dataset", "tokens_per_step", "max_iters")
 
 
 def paper_column(config):
-    """(the key in PAPER of the column that a configuration repeats, what of its size and training is not the paper's).
+    """(key in PAPER of the column to which a configuration belongs, the names in SETTING that differ from the paper).
 
-    None and nothing for a model that is no column of the paper's table at any size.
+    (None, []) for a model that at no size belongs to a column of the paper's table.
     """
     reduced, tied = config["wq_identity"], config["tie_weights"]
     model = GPTConfig(wq_identity=reduced, tie_weights=tied, attn_scale=0.5 if reduced else 1.0)
@@ -34,14 +34,14 @@ def paper_column(config):
 
 
 def decays(config):
-    """The weight decay of attention, MLP and embeddings; one number where they are the same."""
+    """The weight decay of attention, MLP and embeddings as text; one number where they are the same."""
     own = [config[f"weight_decay_{part}"] for part in ("attn", "mlp", "embd")]
     values = [config["weight_decay"] if value is None else value for value in own]
     return " / ".join(f"{value:g}" for value in (values if len(set(values)) > 1 else values[:1]))
 
 
 def table_2(cells):
-    """The paper's Table 2 for our cells, a row each, and beside it the paper's numbers where the setting is its own."""
+    """The paper's Table 2 with a row for each cell, and the paper's numbers beside those that have its setting."""
     head = [
         "arm",
         "trainable",
@@ -79,18 +79,18 @@ def table_2(cells):
 
 
 def paper_note(cells):
-    """What the paper's numbers are, or why they are not beside ours; None where no cell is a column of its table."""
+    """What the paper's numbers are, or why they are not shown; None where no cell belongs to a column of its table."""
     columns = [differs for column, differs in (paper_column(cell.example.config) for cell in cells) if column]
     if not columns:
         return None
     if [] in columns:
         return (
-            "The paper's columns are those of its Table 2 (arXiv 2510.23912): OpenWebText, 124M to 163M parameters, "
-            "one run each; its attn + MLP contains the position embedding."
+            "The paper's numbers are those of its Table 2 (arXiv 2510.23912): OpenWebText, 124M to 163M parameters, "
+            "one run each; its attn + MLP includes the position embedding."
         )
     return (
-        "The losses of the paper's Table 2 (arXiv 2510.23912; OpenWebText, 124M to 163M parameters) are not beside "
-        f"ours because the two cannot be compared: these runs have another {', '.join(columns[0])}."
+        "The losses of the paper's Table 2 (arXiv 2510.23912; OpenWebText, 124M to 163M parameters) are not shown, as "
+        f"they are not comparable: these runs use a different {', '.join(columns[0])}."
     )
 
 
@@ -118,50 +118,56 @@ def differences(pairs, comparisons):
 
 
 def verdicts(pairs, comparisons):
-    """A sentence for each (cell, control): what its difference to the control says, and what else is unlike in them."""
+    """A sentence for each (cell, control): the verdict, then the numbers, then a warning if they do not match."""
     sentences, family = [], sum(result.p_holm is not None for result in comparisons)
     for (cell, control), result in zip(pairs, comparisons, strict=True):
         d, reference = result.difference, at_its_point(control, cell)
-        if d.low is None:
-            seen = "" if d.mean is None else f" (difference {signed(d.mean)})"
+        if result.is_significant:
+            text = f"{cell.label} is {result.conclusion} than {reference}"
+        elif d.sd:
+            text = f"{cell.label} and {reference} are {result.conclusion}"
         else:
-            p = p_phrase(result.p_holm, family)
-            seen = f"95 % interval {signed(d.low)} to {signed(d.high)}, {p}, {d.n} seeds"
-            seen = f" ({seen})" if result.is_clear else f" (difference {signed(d.mean)}, {seen})"
-        if result.is_clear:
-            text = f"{cell.label} is {result.verdict} than {reference} by {abs(d.mean):.4f} nats a token{seen}"
-        else:
-            text = f"{cell.label} against {reference}: {result.verdict}{seen}"
-        if differs := unlike(cell, control):
-            text += f". Warning: the two are not alike: {', '.join(differs)}"
+            text = f"{cell.label} against {reference} is {result.conclusion}"
+        if d.mean is not None:
+            numbers = f"{signed(d.mean)} nats per token"
+            if d.sd:
+                p = p_phrase(result.p_holm, family)
+                numbers += f", 95 % interval {signed(d.low)} to {signed(d.high)}, {p}"
+                numbers += f", {d.n} seeds" if result.is_significant else ""  # other conclusions have the number
+            text += f" (difference {numbers})"
+        if result.power_note:
+            text += f"; {result.power_note}"
+        if found := mismatches(cell, control):
+            text += f". Warning: the runs of the two arms do not match: {', '.join(found)}"
         sentences.append(text + ".")
     return sentences
 
 
 def headlines(results, comparisons):
-    """What the report begins with: the arms as they were set up, at the best point of each, and how that changes."""
+    """The sentences that the report begins with: verdicts for default settings and best points, and trends.
+
+    comparisons: those of results.best_pairs.
+    """
     pairs = results.configured_pairs
-    planned = verdicts(pairs, comparison.compare([(cell.losses, control.losses) for cell, control in pairs]))
-    sentences = [f"As the arms' own files set them: {text}" for text in planned]
+    sentences = [f"With each arm's default settings, {text}" for text in verdicts(pairs, compare_cells(pairs))]
     found = verdicts(results.best_pairs, comparisons)
     if results.tuned_fields:
-        counts = [[len(results.candidates(cell)) for cell in pair] for pair in results.best_pairs]
-        found = [
-            f"Best of {ours} points against best of {theirs}, chosen by these losses: {text}"
-            for (ours, theirs), text in zip(counts, found, strict=True)
-        ]
+        for i, pair in enumerate(results.best_pairs):
+            ours, theirs = (len(results.candidates(cell)) for cell in pair)
+            tried = ours if ours == theirs else f"{ours} and {theirs}"
+            found[i] = f"At each arm's best grid point (of {tried}), chosen by these same losses, {found[i]}"
     compared = [cell for cell, _ in results.best_pairs]
     for cell in results.best:
-        if cell.arm != cell.control and not any(cell is other for other in compared):
+        if cell.arm != cell.control and cell not in compared:
             known = any(other.arm == cell.control for other in results.best)
-            why = "has another objective or no run of that size" if known else "has no finished run"
+            why = "has a different objective or no finished run of that size" if known else "has no finished run"
             found.append(f"{cell.label} is not compared: its control {cell.control} {why}.")
     return sentences + found + trends(results)
 
 
 def trends(results):
-    """A sentence for each arm and size field: what a doubling does to the difference between best points."""
-    found = []  # (what it is about, Mean of the slopes, sizes that count, sizes that do not)
+    """A sentence for each arm and size field: how the difference between best points changes with the size."""
+    found = []  # (the difference in words, size field, Mean of the slopes, sizes that count, sizes that do not)
     for name in results.size_fields:
         groups = {}  # (arm, its control, the other sizes as text) -> size -> seed -> difference
         for cell, control in results.best_pairs:
@@ -176,60 +182,66 @@ def trends(results):
             known = {size: differences for size, differences in by_size.items() if len(differences) > 1}
             if len(known) < 2 or len(set.intersection(*map(set, known.values()))) < 2:
                 continue
-            about = f"{arm} − {control}" + f" (with {others})" * bool(others), name
-            found.append((about, comparison.slope(known), list(known), [size for size in by_size if size not in known]))
-    adjusted = comparison.holm([change.p for _, change, _, _ in found])
+            which = f"{arm} − {control} (with {others})" if others else f"{arm} − {control}"
+            left_out = [size for size in by_size if size not in known]
+            found.append((which, name, comparison.slope(known), list(known), left_out))
+    adjusted = comparison.holm([change.p for _, _, change, _, _ in found])
     sentences = []
-    for ((pair, name), change, sizes, left_out), p in zip(found, adjusted, strict=True):
-        verdict = "a trend" if p < 1 - comparison.CONFIDENCE and change.sd > 0 else "not distinguishable from none"
-        sentences.append(
-            f"{pair} changes by {signed(change.mean)} a doubling of {name} (95 % interval {signed(change.low)} to "
-            f"{signed(change.high)}, {p_phrase(p, len(found))}, {change.n} seeds, {len(sizes)} sizes"
-            + f"; {', '.join(map(value_text, left_out))} left out, with too few seeds" * bool(left_out)
-            + "; between points chosen by these losses" * bool(results.tuned_fields)
-            + f"): {verdict}."
+    for (which, name, change, sizes, left_out), p in zip(found, adjusted, strict=True):
+        if p < 1 - comparison.CONFIDENCE and change.sd > 0:
+            text = f"The difference {which} {'rises' if change.mean > 0 else 'falls'} with {name}"
+        else:
+            text = f"The difference {which} shows no significant trend with {name}"
+        text += (
+            f" ({signed(change.mean)} per doubling, 95 % interval {signed(change.low)} to {signed(change.high)}, "
+            f"{p_phrase(p, len(found))}, {change.n} seeds, {len(sizes)} sizes"
         )
+        if left_out:
+            text += f"; {name} {', '.join(map(value_text, left_out))} left out, with too few seeds"
+        if results.tuned_fields:
+            text += "; between points chosen by these same losses"
+        sentences.append(text + ").")
     return sentences
 
 
 def reading_notes(pairs, comparisons):
-    """How to read the differences: what they are, the noise floor, several comparisons, the number of seeds."""
+    """How to read the differences: their definition, the noise over seeds, Holm's correction, the seeds needed."""
     notes = [
-        "A difference is arm − control in final validation loss, nats a token, paired by seed; below zero the arm is "
-        "better. Intervals and p-values are Student's t over seeds, two-sided."
+        "A difference is arm − control in final validation loss, in nats per token, paired by seed; below zero the arm "
+        "is better. Intervals and p-values are Student's t over seeds, two-sided."
     ]
-    controls = {id(control): control for _, control in pairs}.values()
+    controls = dict.fromkeys(control for _, control in pairs)
     spreads = [(control.label, comparison.summarise(control.losses.values())) for control in controls]
     spreads = [f"{spread.sd:.4f} for {label}" for label, spread in spreads if spread.sd is not None]
     if spreads:
-        notes.append(f"The noise floor, the standard deviation of a control's losses over seeds: {', '.join(spreads)}.")
+        notes.append(f"Standard deviation over seeds of a control's losses (the noise floor): {', '.join(spreads)}.")
     paired = [
         f"{result.difference.sd:.4f} for {cell.label}"
         for (cell, _), result in zip(pairs, comparisons, strict=True)
         if result.difference.sd is not None
     ]
     if paired:
-        notes.append(f"The standard deviation of the paired differences over seeds: {', '.join(paired)}.")
+        notes.append(f"Standard deviation over seeds of the paired differences: {', '.join(paired)}.")
     if any(result.difference.n == 1 for result in comparisons):
-        notes.append("One seed gives neither an interval nor a p-value: its difference may be chance.")
+        notes.append("One seed gives neither an interval nor a p-value: the difference may be due to chance.")
     family = sum(result.p_holm is not None for result in comparisons)
     if family > 1:
         notes.append(
-            f"{family} comparisons are made together. Verdicts go by p (Holm), which keeps the chance of any false "
-            "alarm among them at 5 %; an interval is about its own arm alone."
+            f"There are {family} comparisons. The verdicts use p (Holm), which keeps the probability of any false "
+            "positive among them at 5 %; the intervals are not corrected."
         )
-    if any(result.seeds_needed is not None and not result.is_clear for result in comparisons):
+    if any(result.power_note for result in comparisons):
         level = f" divided by the {family} comparisons" if family > 1 else ""
         notes.append(
-            f"The number of seeds needed is that of a paired t-test at 5 %{level} which finds a difference of "
-            f"{comparison.DIFFERENCE:g} with probability {100 * comparison.POWER:.0f} %, if the differences go on to "
-            "vary as they do here; in brackets, if they vary as little or as much as their interval (95 %) allows."
+            f"The number of seeds needed is that with which a paired t-test at 5 %{level} detects a difference of "
+            f"{comparison.DIFFERENCE:g} with probability {100 * comparison.POWER:.0f} %, given the standard deviation "
+            "over seeds of these differences; in brackets, given the ends of the 95 % interval of that."
         )
     return notes
 
 
 def tuning_notes(results):
-    """Where each arm's best point is, whether that is the edge of the grid, and what choosing it did to the losses."""
+    """Each arm's best point, whether it is at the edge of the grid, and the bias of choosing it by these losses."""
     notes = []
     for cell in results.best:
         points, candidates = results.points(cell), results.candidates(cell)
@@ -237,80 +249,79 @@ def tuning_notes(results):
         missing = sum(not point.runs and not point.n_diverged for point in points)
         diverged = sum(point.n_diverged > 0 for point in points)
         if diverged:
-            text += f"; points with a run that diverged, which are no candidates: {diverged} of {len(points)}"
+            text += f"; excluded, since a run diverged: {diverged} of {len(points)} points"
         if missing:
-            text += f"; points without a finished run: {missing} of {len(points)}, so this is provisional"
+            text += f"; provisional, since {missing} of {len(points)} points have no finished run"
         elif edge := results.at_the_edge(cell):
             text += (
                 f". Warning: {' and '.join(edge)} {'is' if len(edge) == 1 else 'are'} at the edge of the grid there, "
-                "so that the optimum may lie outside: extend the grid"
+                "so the optimum may lie outside: extend the grid"
             )
         if len(common := common_seeds(candidates)) < max(len(point.runs) for point in candidates):
-            seeds = f"the seeds that all points have: {', '.join(str(seed) for seed, _ in common)}"
-            text += (
-                f". Chosen by {seeds if common else 'the mean of whatever seeds a point has, as none is everywhere'}"
-            )
+            seeds = ", ".join(str(seed) for seed, _ in common)
+            if common:
+                text += f". Chosen by the seeds that all points have: {seeds}"
+            else:
+                text += ". Chosen by each point's mean over its own seeds, since no seed is at all points"
         notes.append(text + ".")
     notes.append(
-        "Best against best is the fair comparison, but each best point was chosen by the very losses that are then "
-        "compared: they are too low, in each arm, the more so the larger the grid, and the p-values do not know of the "
-        "choice. Repeat the best points with new seeds to be sure."
+        "Comparing each arm at its best point is fair, but the best points were chosen by the same losses that are "
+        "compared: these are biased low, the more so the larger the grid, and the p-values ignore that. Repeat the "
+        "best points with new seeds to confirm a difference."
     )
     for cell, control in results.best_pairs:
-        left_out = comparison.difference(results.left_out_losses(cell), results.left_out_losses(control))
-        if left_out.n > 1:
+        losses, reference = results.leave_one_out_losses(cell), results.leave_one_out_losses(control)
+        unbiased = comparison.difference(losses, reference)
+        if unbiased.n > 1:
+            size = results.size(cell)
+            where = f" at {point_text(size)}" if size else ""
             notes.append(
-                f"With the points for each seed chosen by the other seeds alone, {cell.arm} − {control.arm}"
-                f"{at_size(results, cell)} is {with_interval(left_out, signed)} ({left_out.n} seeds)."
+                f"With the points for each seed chosen by the other seeds alone, {cell.arm} − {control.arm}{where} is "
+                f"{with_interval(unbiased, signed)} ({unbiased.n} seeds)."
             )
     return notes
 
 
 def at_its_point(control, cell):
-    """A control's label, without the point where that is the cell's own."""
+    """A control's label, without the point where the cell has the same one."""
     return control.arm if control.point == cell.point else control.label
 
 
-def at_size(results, cell):
-    """' at n_embd 256', or nothing in a study of one size."""
-    size = results.size(cell)
-    return f" at {point_text(size)}" if size else ""
-
-
 def every_point(results):
-    """A table of the whole grid: loss and difference to the control at the same point, with Holm's p over the table."""
+    """A table of the whole grid: loss and difference from control at the same point, with Holm's p over the table."""
     pairs = results.point_pairs
-    found = comparison.compare([(cell.losses, control.losses) for cell, control in pairs])
-    found = {id(cell): result for (cell, _), result in zip(pairs, found, strict=True)}
+    found = {cell: result for (cell, _), result in zip(pairs, compare_cells(pairs), strict=True)}
     rows = []
     for cell in results.cells:
-        result = found.get(id(cell))
+        result = found.get(cell)
         d = result.difference if result else comparison.Mean(0, None)
-        is_best = results.tuned_fields and any(cell is best for best in results.best)
+        loss = with_interval(comparison.summarise(cell.losses.values()))
+        if results.tuned_fields and cell in results.best:
+            loss += " (best)"
         rows.append(
             [
                 cell.arm,
                 *(value_text(cell.point[name]) for name in results.grid),
                 f"{len(cell.runs)}",
-                with_interval(comparison.summarise(cell.losses.values())) + " (best)" * bool(is_best),
+                loss,
                 "–" if d.mean is None else with_interval(d, signed),
                 p_text(result.p_holm if result else None),
             ]
         )
-    head = ["arm", *results.grid, "seeds", "validation loss (± 95 %)", "difference there (± 95 %)", "p (Holm)"]
+    head = ["arm", *results.grid, "seeds", "validation loss (± 95 %)", "difference at this point (± 95 %)", "p (Holm)"]
     return page.Table(head, rows, words=("arm",))
 
 
 def setting(results):
-    """What all runs have in common and what made them, as sentences, with a warning where that was not the same."""
+    """Sentences on the data, sizes and software of the runs, with a warning where the software was not the same."""
 
-    def values(get):
+    def values(get):  # the different values that a function of a run has
         return list(dict.fromkeys(str(get(run)) for _, run in results.runs))
 
     first = results.cells[0].example  # the data of all runs is the same
     data = "{tokenizer}, fingerprint {fingerprint}".format(**first.facts["data"])
     sizes = values(
-        lambda r: f"{r.config['n_layer']} layers of {r.config['n_embd']}, context {r.config['block_size']:,}"
+        lambda r: f"n_layer {r.config['n_layer']}, n_embd {r.config['n_embd']}, block_size {r.config['block_size']:,}"
     )
     steps = values(lambda r: f"{r.summary['steps']:,} steps of {r.config['tokens_per_step']:,} tokens")
     made = {
@@ -321,22 +332,22 @@ def setting(results):
     }
     sentences = [
         f"{len(results.runs)} finished runs on {first.config['dataset']} ({data}): {' or '.join(sizes)}; "
-        f"{' or '.join(steps)}. Losses are in nats a token, over all of the validation split at the end of a run.",
+        f"{' or '.join(steps)}. Losses are in nats per token, over the whole validation split at the end of a run.",
         "Made with " + "; ".join(f"{name} {', '.join(found)}" for name, found in made.items()) + ".",
     ]
     mixed = [name for name, found in made.items() if len(found) > 1]
     diverged = sum(why.startswith("diverged") for _, why in results.unfinished)
     if diverged:
-        sentences.append(f"Runs that diverged, and are in no number here: {diverged}.")
+        sentences.append(f"Runs that diverged, and are excluded from all numbers: {diverged}.")
     if left := len(results.unfinished) - diverged:
-        sentences.append(f"Runs that are not finished: {left}. What is said here is provisional.")
+        sentences.append(f"Runs that are not finished: {left}. This report is provisional.")
     if mixed:
-        sentences.append(f"Warning: not all runs have the same {' and '.join(mixed)}; runs.csv says which has which.")
+        sentences.append(f"Warning: not all runs have the same {' and '.join(mixed)}; runs.csv has that of each run.")
     return sentences
 
 
 def run_table(results, most=30):
-    """A table of the finished runs, with a note; a sentence where there are more than `most`, which runs.csv has."""
+    """A table of the finished runs and a note, as a list; where there are more than `most`, a sentence instead."""
     if len(results.runs) > most:
         return [page.Paragraph(f"The {len(results.runs)} finished runs are in runs.csv.")]
     rows = []
@@ -352,12 +363,12 @@ def run_table(results, most=30):
             ]
         )
     head = ["run", "seed", "validation loss", "training loss", "tokens/s"]
-    note = "Here ± is the standard error of one run's loss over validation windows; it says nothing of other seeds."
+    note = "Here ± is the standard error of one run's loss over validation windows, not the variation over seeds."
     return [page.Table(head, rows, words=("run",)), page.Paragraph(note)]
 
 
 def unfinished_runs(results, most=12):
-    """A line for each run that is not finished; where there are more than `most`, for each state how many there are."""
+    """A line for each run that is not finished; where there are more than `most`, the number in each state instead."""
     lines = [f"{folder}: {why}" for folder, why in results.unfinished]
     if len(lines) <= most:
         return lines
@@ -366,7 +377,7 @@ def unfinished_runs(results, most=12):
 
 
 def millions(count):
-    """A number of parameters or tokens, as Table 2 prints them: 124.4M, 0.780M."""
+    """A number of parameters or tokens as in Table 2: 124.4M, 0.780M."""
     return f"{count / 1e6:.1f}M" if count >= 10e6 else f"{count / 1e6:.3f}M"
 
 
@@ -376,18 +387,18 @@ def signed(value):
 
 
 def with_interval(mean, text="{:.4f}".format):
-    """A comparison.Mean with half of its interval: '1.9135 ± 0.0102'; without it for one seed."""
+    """A comparison.Mean with half of its interval's width: '1.9135 ± 0.0102'; without it for one seed."""
     return text(mean.mean) + ("" if mean.half_width is None else f" ± {mean.half_width:.4f}")
 
 
 def p_phrase(p, family):
-    """A p-value in a sentence, one of a family of so many: 'p = 0.031', 'p (Holm) < 0.0001'."""
+    """A p-value in a sentence: 'p = 0.031', or 'p (Holm) < 0.0001' where there are several comparisons (family)."""
     text = p_text(p)
     return f"{'p (Holm)' if family > 1 else 'p'} {text if '<' in text else f'= {text}'}"
 
 
 def p_text(p):
-    """A p-value with two digits, and more near 5 %; '–' for None."""
+    """A p-value with two digits, more of them near 5 %; '–' for None."""
     if p is None:
         return "–"
     return "< 0.0001" if p < 1e-4 else f"{p:.4f}" if 0.045 < p < 0.055 else f"{p:.2g}"

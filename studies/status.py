@@ -1,4 +1,4 @@
-"""How the runs of a study stand, as a table that a terminal shows."""
+"""The state of a study's runs, as a table for a terminal."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import time
 from engine import run_files
 from studies import store
 
-COLUMNS = {  # of the watch view: key of a row -> heading, format
+COLUMNS = {  # of the table: key of a run's dict -> heading, format
     "run": ("run", "{}"),
     "state": ("state", "{}"),
     "step": ("step", "{:,}"),
@@ -20,10 +20,11 @@ COLUMNS = {  # of the watch view: key of a row -> heading, format
 
 
 def rows(folder, content):
-    """A dict for each run of a study, from its files alone; what is not known is None.
+    """A dict for each run of a study, read from its files; what is not known is None.
 
-    run; state; step; val_loss: of the last evaluation, nats a token; difference: val_loss minus that of the control of
-    the same seed and point at the same step; tokens_per_second: the last measured.
+    run: its label; state: see store.state; step: the last one; val_loss: of the last evaluation, nats per token;
+    difference: val_loss minus that of the control with the same seed, at the same point and step; tokens_per_second:
+    the last one measured. content: that of study.json.
     """
     arm_at = {(entry["arm"], json.dumps(entry["point"])): entry["name"] for entry in content["arms"]}
     result = []
@@ -54,43 +55,43 @@ def rows(folder, content):
     return result
 
 
-def view(name, table, width=None, height=None):
-    """The text of a study's rows: a line of counts, then a line a run, cut to width and height where given.
+def view(name, runs, width=None, height=None):
+    """The text that shows the dicts of `rows`: a line of counts, then one line per run, cut to width and height.
 
-    Where there are too many lines, the runs at work come first, and the number of those left out last.
+    Where there are too many lines, running runs come first, and the last line says how many are not shown.
     """
-    counts = {state: sum(row["state"] == state for row in table) for state in store.STATES}
-    shown = table
-    if height and len(table) > height - 3:
-        shown = sorted(table, key=lambda row: store.STATES.index(row["state"]))[: max(1, height - 4)]
+    counts = {state: sum(row["state"] == state for row in runs) for state in store.STATES}
+    shown = runs
+    if height and len(runs) > height - 3:
+        shown = sorted(runs, key=lambda row: store.STATES.index(row["state"]))[: max(1, height - 4)]
     cells = [[heading for heading, _ in COLUMNS.values()]]
     cells += [
         ["–" if row[key] is None else form.format(row[key]) for key, (_, form) in COLUMNS.items()] for row in shown
     ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     excess = max(0, sum(widths) + 2 * (len(widths) - 1) - (width or math.inf))
-    widths[0] -= min(excess, max(0, widths[0] - 12))  # a name loses its middle rather than a row its end
+    widths[0] -= min(excess, max(0, widths[0] - 12))  # shorten names in the middle rather than rows at their end
     lines = [f"{name}: " + ", ".join(f"{count} {state}" for state, count in counts.items() if count)]
     for run, state, *numbers in cells:
         if len(run) > widths[0]:
             run = run[: widths[0] // 2] + "…" + run[len(run) - (widths[0] - 1) // 2 :]
         numbers = [text.rjust(column) for text, column in zip(numbers, widths[2:], strict=True)]
         lines.append("  ".join([run.ljust(widths[0]), state.ljust(widths[1]), *numbers]))
-    if len(shown) < len(table):
-        lines.append(f"… and {len(table) - len(shown)} more")
+    if len(shown) < len(runs):
+        lines.append(f"… and {len(runs) - len(shown)} more")
     return "\n".join(line[:width] for line in lines)
 
 
 def watch(folder, seconds):
-    """Show how a study's runs stand, anew every `seconds` until no more is to come; once where there is no terminal."""
+    """Print the state of a study's runs every `seconds` until all have ended; once where the output is no terminal."""
     while True:
         content = store.read_study(folder)
-        table = rows(folder, content)
+        runs = rows(folder, content)
         if not sys.stdout.isatty():
-            print(view(content["name"], table))
+            print(view(content["name"], runs))
             return
         size = shutil.get_terminal_size()
-        print("\x1b[H\x1b[J" + view(content["name"], table, size.columns, size.lines), flush=True)
-        if all(row["state"] in ("finished", "diverged") for row in table):
+        print("\x1b[H\x1b[J" + view(content["name"], runs, size.columns, size.lines), flush=True)
+        if all(row["state"] in ("finished", "diverged") for row in runs):
             return
         time.sleep(seconds)

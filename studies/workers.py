@@ -12,24 +12,25 @@ from dataclasses import dataclass
 
 from engine import run_files, runlog, signals
 from studies import store
+from studies.plan import PlannedRun
 
 POLL_SECONDS = 0.2
 
 
 @dataclass(eq=False)
 class Worker:
-    """A run's process."""
+    """A process that carries out a run."""
 
-    run: object  # a plan.Run
+    run: PlannedRun
     lock: int  # the descriptor of the run's lock, which the process holds, too
-    slot: int  # below the number of jobs; says which GPU
+    slot: int  # from 0, below the number of jobs; decides which GPU
     process: subprocess.Popen
 
 
 class Execution:
-    """Works on runs (each a plan.Run) until nothing is left to do; several may work on one study.
+    """Carries out PlannedRuns, `jobs` of them at a time; several executions may work on one study.
 
-    jobs: processes side by side. gpus: names for CUDA_VISIBLE_DEVICES, of which each gets one; none: it is left alone.
+    gpus: names for CUDA_VISIBLE_DEVICES, of which each process gets one; empty: the variable is not changed.
     """
 
     def __init__(self, runs, jobs, gpus=()):
@@ -37,16 +38,16 @@ class Execution:
         self.todo = list(runs)
         self.workers = []
         self.failed = {}  # run -> why
-        # A failure from before is tried again; one that another execution meets meanwhile is not.
+        # A run that had failed before is tried again; one that fails meanwhile in another execution is not.
         self.old_notes = {run: store.read_note(store.lock_path(run.folder)) for run in runs}
         self.flops = {run: run.flops for run in runs}
         self.started, self.flops_at_start = time.monotonic(), self.flops_done()
         self.shown, self.shown_at = None, 0.0
 
     def execute(self, fail_fast=False):
-        """Work until every run has ended, or, after a signal or with fail_fast a failure, until all are stopped.
+        """Work until every run has ended, or all are stopped: by a signal, or with fail_fast by the first failure.
 
-        True: all are finished; None: a signal stopped it; otherwise `failed` and `diverged` say why.
+        True: all are finished; None: a signal stopped them; False: `failed` and `diverged` say which are not finished.
         """
         stopping = False
         with signals.StopSignal() as stop:
@@ -60,14 +61,14 @@ class Execution:
                         self.start()
                     self.show_progress()
                     time.sleep(POLL_SECONDS)
-            except BaseException:  # the second Ctrl-C, say
+            except BaseException:  # a second Ctrl-C, for example
                 self.terminate()
                 raise
         self.show_progress(last=True)
         return None if stop.requested else not (self.failed or self.diverged)
 
     def start(self):
-        """Start runs while there are free slots; leave out what has ended and what another execution works on."""
+        """Start runs while there are free slots; skip those that have ended and those of other executions."""
         for run in list(self.todo):
             if run_files.has_ended(run.folder):
                 self.todo.remove(run)
@@ -88,11 +89,11 @@ class Execution:
 
     @property
     def diverged(self):
-        """The runs that diverged, now or before: they are not tried again."""
+        """The runs that diverged, now or earlier: they are not tried again."""
         return [run for run in self.runs if run_files.has_diverged(run.folder)]
 
     def spawn(self, run, lock):
-        """Start a run's process. It inherits the lock, and so keeps it should this process be killed."""
+        """Start a run's process. It inherits the lock, and so keeps it if this process is killed."""
         slot = min(set(range(self.jobs)) - {worker.slot for worker in self.workers})
         environment = dict(os.environ)
         if self.gpus:
@@ -115,7 +116,7 @@ class Execution:
         return Worker(run, lock, slot, process)
 
     def reap(self, stopping):
-        """Take in the runs that have ended."""
+        """Note the processes that have ended, and release their locks."""
         for worker in list(self.workers):
             status = worker.process.poll()
             if status is None:
@@ -128,21 +129,21 @@ class Execution:
             if stopping and status in store.STOPPED:
                 self.todo.append(worker.run)
             elif status < 0:
-                self.failed[worker.run] = f"ended by {signal.Signals(-status).name}"
+                self.failed[worker.run] = f"killed by {signal.Signals(-status).name}"
             else:
                 self.failed[worker.run] = f"exit status {status}"
 
     def terminate(self):
-        """Tell the runs to stop: they write a checkpoint first; told a second time, they stop at once."""
+        """Tell the runs to stop. They write a checkpoint first; told a second time, they stop at once."""
         for worker in self.workers:
             worker.process.terminate()
 
     def flops_done(self):
-        """The training FLOPs of the steps that the run folders say are done."""
+        """The training FLOPs of the steps that the run folders show as done."""
         return sum(flops * run.progress for run, flops in self.flops.items())
 
     def show_progress(self, last=False):
-        """A line for the whole study: every second in a terminal, elsewhere when its counts have changed."""
+        """Print one line for all runs: every second in a terminal, elsewhere whenever its counts change."""
         now, in_terminal = time.monotonic(), sys.stdout.isatty()
         if now < self.shown_at + 1 and not last:
             return
@@ -152,7 +153,7 @@ class Execution:
             "running in other sweeps": elsewhere,
             "failed": len(self.failed),
             "diverged": len(self.diverged),
-            "left": len(self.todo) - elsewhere,
+            "waiting": len(self.todo) - elsewhere,
         }
         done = len(self.runs) - sum(counts.values())
         line = f"{done} of {len(self.runs)} runs done" + "".join(f", {n} {name}" for name, n in counts.items() if n)

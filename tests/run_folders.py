@@ -1,4 +1,4 @@
-"""Run folders and studies without training, for tests of what reads them."""
+"""Studies, planned or with finished run folders, without training: for tests of what reads them."""
 
 import dataclasses
 import itertools
@@ -7,14 +7,40 @@ from pathlib import Path
 
 from conftest import TINY
 
+import configurator
+import sweep
 from engine.flops import cost
+from studies.plan import planned_runs
 from train_config import TrainConfig
 
 STEPS = (0, 20, 40)
+REDUCED = dict(wq_identity=True, attn_scale=0.5, weight_decay=2**-5)
+TWO_ARMS = """
+arms = {"baseline": "", "reduced": "--wq_identity --attn_scale=0.5"}
+control = "baseline"
+"""
+
+
+def write_study_files(text=TWO_ARMS, **size):
+    """A study's file of the given text and one that sets the tiny size, in the working folder; the names of both."""
+    Path("my_study.py").write_text(text)
+    Path("tiny.py").write_text("\n".join(f"{name} = {value!r}" for name, value in {**TINY, **size}.items()))
+    return ["my_study.py", "tiny.py"]
+
+
+def planned(*argv, options=()):
+    """(runs, content of study.json) of a study as sweep.py plans it. options: arguments of train.py."""
+    return planned_runs(configurator.parse(sweep.SweepConfig, list(argv), positional="files"), list(options))
+
+
+def records(folder, kind):
+    """The records of one kind in a run folder's metrics.jsonl."""
+    lines = Path(folder, "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
 def write_run(folder, seed, loss, finished=True, fingerprint="abc", diagnostics=False, **fields):
-    """A run folder whose final validation loss is `loss`; one that is not finished has no summary."""
+    """Write a run folder whose final validation loss is `loss`; without summary.json unless finished."""
     cfg = TrainConfig(**{**TINY, "seed": seed, "out_dir": str(folder), "max_iters": STEPS[-1], **fields})
     expected = cost(cfg.model_config())
     tokens = cfg.max_iters * cfg.tokens_per_step
@@ -45,7 +71,7 @@ def write_run(folder, seed, loss, finished=True, fingerprint="abc", diagnostics=
         contents["summary.json"] = {
             "val_loss": loss,
             "val_loss_se": 0.01,
-            "best_val_loss": loss,
+            "best_val_loss_during_training": loss,
             "train_loss": loss - 0.1,
             "steps": cfg.max_iters,
             "tokens": tokens,
@@ -59,10 +85,10 @@ def write_run(folder, seed, loss, finished=True, fingerprint="abc", diagnostics=
 
 
 def write_study(folder, arms, loss, grid=None, seeds=(1, 2, 3), control=None, missing=(), **options):
-    """A study as sweep.py writes it; its loss is loss(arm, seed, **point).
+    """Write a study folder as sweep.py does; the final validation losses are loss(arm, seed, **point).
 
     arms: name -> fields of TrainConfig. control: arm -> its control; None: the first arm. missing: (arm, seed) pairs of
-    runs that never began. options: of write_run.
+    runs that were not started. options: of write_run.
     """
     entries = []
     for values in itertools.product(*(grid or {}).values()):

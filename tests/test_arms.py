@@ -2,11 +2,9 @@ import json
 
 import numpy as np
 import pytest
-from run_folders import write_run, write_study
+from run_folders import REDUCED, write_run, write_study
 
-from studies import arms
-
-REDUCED = dict(wq_identity=True, attn_scale=0.5)
+from studies import arms, comparison
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_arm(tmp_path):
@@ -42,27 +40,27 @@ def test_a_run_older_than_an_option_had_its_default(tmp_path):
     assert arms.load(folders).arms == ["a"]
 
 
-def test_what_cannot_be_compared_is_refused(tmp_path):
+def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     a = write_run(tmp_path / "a", 1, 2.0)
     copy = write_run(tmp_path / "b", 1, 2.0)
-    with pytest.raises(ValueError, match=f"{a} and {copy} are both seed 1 .* a seed counts once"):
+    with pytest.raises(ValueError, match=f"{a} and {copy} both have seed 1 .* must have each seed once"):
         arms.load([a, copy])
     other_data = write_run(tmp_path / "c", 2, 2.0, fingerprint="def")
     with pytest.raises(ValueError, match=r"different data .*abc and def"):
         arms.load([a, other_data])
-    with pytest.raises(ValueError, match=r"control=z is no arm.*; the arms are a"):
+    with pytest.raises(ValueError, match=r"control must be an arm with a finished run \(one of a\), got 'z'"):
         arms.load([a], control="z")
     with pytest.raises(ValueError, match="neither a study nor a run"):
         arms.load([tmp_path])
     unfinished = write_run(tmp_path / "d", 2, 2.0, finished=False)
-    with pytest.raises(ValueError, match=r"nothing to report; .*/d: not finished, step 40 of 40"):
+    with pytest.raises(ValueError, match=r"nothing to report, .*/d is not finished, step 40 of 40"):
         arms.load([unfinished])
     study = write_study(tmp_path / "study", {"a": {}}, lambda arm, seed: 2.0)
-    with pytest.raises(ValueError, match="report on it alone"):
+    with pytest.raises(ValueError, match="must be the only folder of a report"):
         arms.load([study, a])
     config = json.loads((study / "a/seed2/config.json").read_text())
     (study / "a/seed2/config.json").write_text(json.dumps(config | {"learning_rate": 0.5}))
-    with pytest.raises(ValueError, match="differ in learning_rate and should differ in the seed alone"):
+    with pytest.raises(ValueError, match="must differ only in the seed, but they differ in learning_rate"):
         arms.load([study])
 
 
@@ -71,10 +69,10 @@ def test_unfinished_runs_count_nowhere_and_are_listed(tmp_path):
     (study / "b/seed2/summary.json").unlink()
     results = arms.load([study])
     assert [len(cell.runs) for cell in results.cells] == [3, 1]
-    assert results.unfinished == [(study / "b/seed2", "stopped, step 40"), (study / "b/seed3", "not started")]
+    assert results.unfinished == [(study / "b/seed2", "stopped, step 40 of 40"), (study / "b/seed3", "not started")]
 
 
-def test_arms_meet_their_own_controls_and_only_losses_of_one_kind(tmp_path):
+def test_arms_are_compared_with_their_controls_and_only_at_one_objective(tmp_path):
     encoder = dict(causal=False, objective="mlm", vocab_size=65)
     kinds = {"a": {}, "a2": REDUCED, "e": encoder, "e2": encoder | REDUCED}
     study = write_study(tmp_path / "s", kinds, lambda arm, seed: 2.0, control={"a2": "a", "e2": "e"})
@@ -104,7 +102,7 @@ def test_the_best_point_is_chosen_for_each_arm_and_size(grid):
     assert len(results.point_pairs) == 6
 
 
-def test_training_steps_are_a_size_and_nothing_to_choose(tmp_path):
+def test_training_steps_are_a_size_and_not_tuned(tmp_path):
     study = write_study(
         tmp_path / "s",
         {"a": {}, "b": REDUCED},
@@ -127,7 +125,7 @@ def test_zero_is_no_edge(tmp_path):
 
 
 def test_the_best_point_is_chosen_by_the_seeds_that_all_points_have(tmp_path):
-    """A seed is hard or easy at all points alike: that one point has it and another not must not decide."""
+    """A seed makes the loss higher or lower at all points, so a point that lacks it must not win or lose by that."""
     rates = [0.001, 0.002, 0.004]
     study = write_study(
         tmp_path / "s",
@@ -141,11 +139,11 @@ def test_the_best_point_is_chosen_by_the_seeds_that_all_points_have(tmp_path):
             del results.cells[rates.index(rate)].runs[seed, seed]
         assert results.best[0].point == {"learning_rate": 0.002}
         seeds = {1, 2, 3} - {seed for _, seed in missing}
-        left_out = results.left_out_losses(results.best[0])
+        left_out = results.leave_one_out_losses(results.best[0])
         assert {seed for seed, _ in left_out} == (seeds if len(seeds) > 1 else set())
     for cell in results.cells:
         del cell.runs[1, 1]
-    assert arms.lowest(results.cells) is results.cells[0]  # no seed is everywhere, and each has one: the lowest of all
+    assert arms.lowest(results.cells) is results.cells[0]  # no seed is at all points
 
 
 def test_a_point_with_a_diverged_run_is_no_candidate_and_takes_no_seed_from_the_others(tmp_path):
@@ -160,15 +158,15 @@ def test_a_point_with_a_diverged_run_is_no_candidate_and_takes_no_seed_from_the_
     (best,) = results.best
     assert best.point == {"learning_rate": 0.002}
     assert results.at_the_edge(best) == []
-    assert len(results.left_out_losses(best)) == 3
-    assert [cell.n_diverged for cell in results.planned] == [0, 0, 2]
+    assert len(results.leave_one_out_losses(best)) == 3
+    assert [cell.n_diverged for cell in results.all_cells] == [0, 0, 2]
 
 
 def test_two_precisions_are_not_one_arm(tmp_path):
     folders = [write_run(tmp_path / f"a{seed}", seed, 2.0) for seed in (1, 2)]
     path = folders[1] / "run.json"
     path.write_text(path.read_text().replace("float32", "bfloat16"))
-    with pytest.raises(ValueError, match=r"a1 is in float32 and .*a2 in bfloat16"):
+    with pytest.raises(ValueError, match=r"a1 was trained in float32 and .*a2 in bfloat16"):
         arms.load(folders)
     facts = json.loads(path.read_text()) | {"segments": [{"dtype": "float32"}, {"dtype": "bfloat16"}]}
     path.write_text(json.dumps(facts))  # resumed in another
@@ -195,7 +193,7 @@ def test_the_edge_is_that_of_the_numbers(tmp_path):
     assert results.at_the_edge(results.best[0]) == ["weight_decay_attn"]
 
 
-def test_the_choice_by_the_other_seeds_does_not_see_the_seed(tmp_path):
+def test_leave_one_out_losses_had_no_part_in_the_choice(tmp_path):
     # Pure noise: the lowest of many points looks better than it is, the left-out losses do not.
     generator = np.random.default_rng(0)
     study = write_study(
@@ -208,7 +206,7 @@ def test_the_choice_by_the_other_seeds_does_not_see_the_seed(tmp_path):
     results = arms.load([study])
     (best,) = results.best
     assert np.mean(list(best.losses.values())) < 1.93
-    left_out = results.left_out_losses(best)
+    left_out = results.leave_one_out_losses(best)
     for seed, loss in left_out.items():
         cells = results.cells
         means = [np.mean([value for other, value in cell.losses.items() if other != seed]) for cell in cells]
@@ -230,3 +228,19 @@ def test_a_curve_has_the_steps_of_all_its_seeds(tmp_path):
     assert norms.shape == (3, 2, 2)
     assert np.isnan(norms).all()
     assert cell.curve("diagnostics", "grad_norm")[0].tolist() == [40]  # null before the first step
+
+
+def test_the_intervals_of_a_study_cover_its_difference_in_95_percent_of_trials(tmp_path):
+    folder = write_study(tmp_path / "s", {"a": {}, "b": REDUCED}, lambda arm, seed: 2.0, seeds=(1, 2, 3, 4))
+    results = arms.load([folder])
+    generator, covered = np.random.default_rng(5), 0
+    for _ in range(2000):
+        shared = generator.normal(2.0, 0.05, 5)
+        for cell in results.cells:
+            for run in cell.runs.values():
+                shift = 0.01 if cell.arm == "b" else 0.0
+                run.summary["val_loss"] = shared[run.config["seed"]] + shift + generator.normal(0, 0.004)
+        ((cell, control),) = results.best_pairs
+        found = comparison.difference(cell.losses, control.losses)
+        covered += found.low <= 0.01 <= found.high
+    assert 0.93 <= covered / 2000 <= 0.97

@@ -14,7 +14,7 @@ def test_the_interval_covers_a_known_difference_in_95_percent_of_trials(n):
     generator = np.random.default_rng(n)
     trials, covered = 2000, 0
     for _ in range(trials):
-        shared = generator.normal(2.0, 0.05, n)  # what the seed does to both arms
+        shared = generator.normal(2.0, 0.05, n)  # the effect of the seed on both arms
         control = dict(enumerate(shared + generator.normal(0, 0.004, n)))
         arm = dict(enumerate(shared + 0.01 + generator.normal(0, 0.004, n)))
         found = comparison.difference(arm, control)
@@ -88,7 +88,7 @@ def test_seeds_needed_at_the_extremes():
 
 
 def verdict(*differences, family=1):
-    """The verdict on an arm whose seeds differ so from the control's, among `family` equal comparisons."""
+    """The verdict on an arm with these differences from its control, one per seed, among `family` equal comparisons."""
     control = dict.fromkeys(range(len(differences)), 2.0)
     arm = {seed: 2.0 + difference for seed, difference in enumerate(differences)}
     return comparison.compare([(arm, control)] * family)[0].verdict
@@ -97,22 +97,22 @@ def verdict(*differences, family=1):
 def test_verdicts_in_words():
     assert verdict(0.1, 0.11, 0.09) == "worse"
     assert verdict(-0.1, -0.11, -0.09) == "better"
-    assert verdict(0.1) == "one seed cannot tell"
-    assert verdict() == "no finished seed in common with the control"
-    assert verdict(0.0, 0.0) == "the same in each of 2 seeds"
-    assert verdict(0.25, 0.25) == "the same difference in each of 2 seeds"
+    assert verdict(0.1) == "inconclusive: only one seed"
+    assert verdict() == "inconclusive: no finished seed in common"
+    assert verdict(0.0, 0.0) == "identical in each of 2 seeds"
+    assert verdict(0.25, 0.25) == "inconclusive: the same difference in each of 2 seeds"
     d = [0.02, -0.01, 0.01]
     sd = np.std(d, ddof=1)
     ends = sd * np.sqrt(2 / stats.chi2.ppf([0.975, 0.025], 2))  # the interval of a standard deviation
     needed, least, most = (comparison.seeds_needed(value) for value in (sd, *ends))
-    expected = f"about {needed} ({least} to {most}) would be needed to see a difference of 0.01"
+    expected = f"detecting a difference of 0.01 needs about {needed} seeds ({least} to {most})"
     assert verdict(*d) == f"not distinguishable with 3 seeds; {expected}"
     assert verdict(0.002, -0.001, 0.002) == (
-        "not distinguishable with 3 seeds, which may do for a difference of 0.01 (3 to 12 are needed)"
+        "not distinguishable with 3 seeds; detecting a difference of 0.01 needs 3 to 12 seeds"
     )
-    assert verdict(1e-4, -1e-4, 1e-4) == "not distinguishable with 3 seeds, which would do for a difference of 0.01"
+    assert verdict(1e-4, -1e-4, 1e-4) == "not distinguishable with 3 seeds; enough seeds to detect a difference of 0.01"
     assert verdict(0.02, 0.03, 0.025, family=1) == "worse"
-    assert "among so many comparisons" in verdict(0.02, 0.03, 0.025, family=20)
+    assert "after Holm's correction; detecting" in verdict(0.02, 0.03, 0.025, family=20)
 
 
 def test_many_comparisons_need_more_seeds():
@@ -126,7 +126,7 @@ def test_many_comparisons_need_more_seeds():
 def test_the_slope_is_that_of_the_differences_of_each_seed():
     generator = np.random.default_rng(0)
     by_size = {size: {seed: generator.normal() for seed in range(4)} for size in (100, 200, 800)}
-    by_size[800][9] = 5.0  # a seed that the others have not
+    by_size[800][9] = 5.0  # a seed that the other sizes lack
     slopes = [
         stats.linregress(np.log2([100, 200, 800]), [by_size[size][seed] for size in (100, 200, 800)]).slope
         for seed in range(4)

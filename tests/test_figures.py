@@ -1,18 +1,17 @@
 import numpy as np
 import pytest
 import run_folders
-from run_folders import write_study
+from run_folders import REDUCED, write_study
 
 import report
 from studies import arms, comparison, drawing, figures
 
-REDUCED = dict(wq_identity=True, attn_scale=0.5, weight_decay=2**-5)
 PAIR = {"base": {}, "reduced": REDUCED}
 
 
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
-    """Draw with a function of figures.py; the matplotlib figure, as it was saved."""
+    """Draw with a function of figures.py; returns the matplotlib figure as it was saved."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -36,7 +35,7 @@ def study(tmp_path):
 
 
 def many_pairs(n):
-    """Arms and controls of n pairs, which no option but beta1 tells apart."""
+    """Arms and controls of n pairs that differ only in beta1."""
     own, control = {}, {}
     for i in range(n):
         own[f"kind{i}-base"] = {"beta1": 0.5 + i / 100}
@@ -72,7 +71,7 @@ def test_sizes_share_the_scale_of_their_differences(study, drawn):
     assert panels[3].get_ylim()[1] > 20
 
 
-def test_a_size_with_far_wider_intervals_does_not_flatten_the_others_and_shows_its_last_one_whole(study, drawn):
+def test_a_size_with_far_wider_intervals_does_not_flatten_the_others_and_its_last_one_is_shown_whole(study, drawn):
     def loss(arm, seed, n_embd):
         return 2 + 0.02 * (arm == "reduced") * (1 + 40 * (seed - 2) * (n_embd == 64) + seed / 10)
 
@@ -85,7 +84,7 @@ def test_a_size_with_far_wider_intervals_does_not_flatten_the_others_and_shows_i
     assert low < last.min() < -50 and 50 < last.max() < high
 
 
-def test_a_last_interval_that_is_wider_than_the_line_is_far_from_zero_is_whole(study, drawn):
+def test_a_last_interval_wider_than_any_difference_is_shown_whole(study, drawn):
     generator = np.random.default_rng(1)
     results = study(PAIR, lambda arm, seed: 2 + 0.01 * (arm == "reduced") + generator.normal(0, 0.03))
     figure = drawn(figures.curves, results)
@@ -98,7 +97,7 @@ def test_a_last_interval_that_is_wider_than_the_line_is_far_from_zero_is_whole(s
     assert high[-1] > 3 * abs(mean).max() or low[-1] < -3 * abs(mean).max(), "the limits would cut it"
 
 
-def test_relative_differences_are_of_as_many_tokens(study):
+def test_relative_differences_are_after_the_same_number_of_tokens(study):
     results = study({"base": {}, "half": dict(tokens_per_step=64, batch_size=4)}, lambda arm, seed: 2.0, seeds=(1,))
     tokens, relative = figures.relative_difference(*results.best_pairs[0])
     assert tokens.tolist() == [0, 20 * 128], "40 steps of 64 tokens, 20 steps of 128"
@@ -127,7 +126,7 @@ def test_a_long_run_is_seen_from_its_first_quarter_on(study, drawn, monkeypatch)
     assert 3.5 <= high < 4, "the line goes from 4 down to 2"
 
 
-def test_a_figure_of_many_pairs_can_be_read_in_a_readme(study, drawn):
+def test_a_figure_of_many_pairs_is_legible_in_a_readme(study, drawn):
     from matplotlib.text import Text
 
     own, control = many_pairs(11)
@@ -150,7 +149,7 @@ def test_one_loss_that_diverged_does_not_flatten_the_grid(study, drawn):
     upper, lower = drawn(figures.lines, results).axes
     assert upper.get_ylim()[1] < 2.4 and texts(upper) == ["5.50", "6.40"]
     assert lower.get_ylim()[1] < 0.1 and texts(lower) == ["+0.90"]
-    assert "(nats a token)" in lower.get_ylabel()
+    assert "(nats per token)" in lower.get_ylabel()
     _check_apart(upper, upper.texts)
 
 
@@ -161,7 +160,7 @@ def _check_apart(panel, labels):
         assert panel.get_window_extent().contains(*box.p0) and panel.get_window_extent().contains(*box.p1)
 
 
-def test_what_is_far_off_is_told_from_what_is_only_worse():
+def test_far_off_is_further_than_only_worse():
     assert drawing.far_off([0, 0.01, 0.02, 3.3]).tolist() == [False, False, False, True]
     assert not drawing.far_off([0, 0.1, 0.2, 0.5]).any()
     assert not drawing.far_off([0, 0.01, 0.02, 0.1], least=0.2).any()

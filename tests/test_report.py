@@ -1,3 +1,5 @@
+"""The report that report.py writes: its numbers, its files, its figures' data, and its command."""
+
 import base64
 import csv
 import json
@@ -8,17 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TINY
-from run_folders import write_run, write_study
+from run_folders import REDUCED, write_run, write_study
 from scipy import stats
 
 import report
 import train
 from engine.flops import cost
-from studies import arms, comparison, figures, page, sections
-
-REDUCED = dict(wq_identity=True, attn_scale=0.5, weight_decay=2**-5)
-PAPER = dict(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768, dataset="openwebtext")
-PAPER |= dict(tokens_per_step=480 * 1024, max_iters=105_000)
+from studies import arms, figures, page
 
 
 def cells(text):
@@ -55,7 +53,7 @@ def study(tmp_path_factory):
         seeds=(1, 2, 3, 4),
         diagnostics=True,
     )
-    report.report(report.ReportConfig(runs=(str(folder),)))
+    report.write_report(report.ReportConfig(runs=(str(folder),)))
     return folder
 
 
@@ -87,7 +85,7 @@ def test_the_numbers_are_those_of_the_run_folders(study):
         assert row["verdict"] == rows[row["arm"]]["verdict"]
     assert rows["reduced"]["verdict"] == "worse"
     assert rows["narrow"]["verdict"].startswith("not distinguishable with 4 seeds")
-    assert f"over seeds: {control.std(ddof=1):.4f} for base." in text
+    assert f"(the noise floor): {control.std(ddof=1):.4f} for base." in text
     runs = {(row["arm"], row["seed"]): row for row in read_csv(study / "report/runs.csv")}
     assert len(runs) == 12
     assert float(runs["reduced", "2"]["val_loss"]) == summaries(study, "reduced")[1]
@@ -122,6 +120,7 @@ def test_the_page_is_the_markdown_in_one_file(study):
 
 def test_text_is_only_text():
     content = [page.Table(["a<b", "c"], [["x|y", "<script>"]]), page.Paragraph("1 < 2 & 3")]
+    assert page.Figure("f.png", "At rate 0.5. More.").markdown() == "![At rate 0.5](f.png)\n\nAt rate 0.5. More."
     assert "x\\|y" in page.markdown(content)
     html = page.web_page(content, "<title>", ".")
     assert "<script>" not in html
@@ -190,12 +189,14 @@ def grids(tmp_path_factory):
     ],
 )
 def test_only_what_there_is_is_drawn(grids, name, expected):
-    folder, _, _ = report.report(report.ReportConfig(runs=(str(grids[name]),)))
+    folder, _, _ = report.write_report(report.ReportConfig(runs=(str(grids[name]),)))
     assert {path.name for path in folder.glob("*.png")} == expected
 
 
 def test_the_grid_is_reported_point_by_point_with_its_optima(grids, tmp_path):
-    folder, table, headlines = report.report(report.ReportConfig(runs=(str(grids["one"]),), out_dir=str(tmp_path)))
+    folder, table, headlines = report.write_report(
+        report.ReportConfig(runs=(str(grids["one"]),), out_dir=str(tmp_path))
+    )
     text = (folder / "report.md").read_text()
     assert [row[0] for row in table.rows] == ["base (weight_decay 0)", "reduced (weight_decay 0.1)"]
     assert "base is best at weight_decay 0.\n" in text
@@ -203,18 +204,18 @@ def test_the_grid_is_reported_point_by_point_with_its_optima(grids, tmp_path):
     points = next(rows for rows in tables(text) if "weight_decay" in rows[0])
     assert len(points) == 6
     by_point = {(row["arm"], row["weight_decay"]): row for row in points}
-    assert by_point["reduced", "0"]["difference there (± 95 %)"] == "+0.1500 ± 0.0000"
+    assert by_point["reduced", "0"]["difference at this point (± 95 %)"] == "+0.1500 ± 0.0000"
     assert by_point["base", "0"]["validation loss (± 95 %)"].endswith("(best)")
     assert len(headlines) == 1
-    assert headlines[0].startswith("Best of 3 points against best of 3, chosen by these losses: reduced")
+    assert headlines[0].startswith("At each arm's best grid point (of 3), chosen by these same losses, reduced")
     kinds = [row["compared"] for row in read_csv(folder / "comparison.csv")]
     assert kinds == ["best", "points chosen by the other seeds"] + 3 * ["same point"]
 
 
 def test_one_seed_gets_no_interval(grids):
-    folder, table, verdicts = report.report(report.ReportConfig(runs=(str(grids["seed"]),)))
+    folder, table, verdicts = report.write_report(report.ReportConfig(runs=(str(grids["seed"]),)))
     assert [row[-1] for row in table.rows] == ["2.0000", "2.0000"]
-    assert verdicts == ["reduced against base: one seed cannot tell (difference +0.0000)."]
+    assert verdicts == ["reduced against base is inconclusive: only one seed (difference +0.0000 nats per token)."]
     assert "±" not in table.markdown()
     assert read_csv(folder / "comparison.csv")[0]["p"] == ""
 
@@ -262,155 +263,6 @@ def test_diagnostics_of_two_arms_share_their_axes(study, monkeypatch, tmp_path):
     assert layers[-1][2].tolist() == [23.5, 43.5]
 
 
-def test_the_papers_numbers_stand_beside_its_own_setting_alone(tmp_path):
-    folders = [
-        write_run(tmp_path / "baseline", 1, 2.91, **PAPER),
-        write_run(tmp_path / "reduced", 1, 2.89, **PAPER, **REDUCED),
-        write_run(tmp_path / "other", 1, 2.89, **PAPER, **REDUCED | {"attn_scale": 1.0}),
-    ]
-    results = arms.load(folders)
-    rows = cells(sections.table_2(results.best).markdown())
-    assert [row["paper: loss"] for row in rows] == ["2.90", "2.88", "–"]
-    assert [row["paper: parameters"] for row in rows] == ["124M", "117M", "–"]
-    assert [row["parameters"] for row in rows] == ["124.4M", "117.3M", "117.3M"]
-    assert "OpenWebText" in sections.paper_note(results.best)
-    short = write_run(tmp_path / "short", 1, 3.4, **PAPER | {"max_iters": 1000})
-    rows = cells(sections.table_2(arms.load([folders[0], short]).best).markdown())
-    assert [row["paper: loss"] for row in rows] == ["2.90", "–"]
-    short = arms.load([short])
-    assert "paper: loss" not in sections.table_2(short.best).head
-    assert sections.paper_note(short.best).endswith("another max_iters.")
-    assert sections.paper_note(results.best[2:]) is None
-
-
-def test_each_row_of_weight_decay_is_told():
-    config = dict(weight_decay=0.1, weight_decay_attn=0.0, weight_decay_mlp=None, weight_decay_embd=None)
-    assert sections.decays(config) == "0 / 0.1 / 0.1"
-    assert sections.decays(config | {"weight_decay_attn": 0.1}) == "0.1"
-
-
-def test_runs_made_in_several_ways_are_told(grids, tmp_path):
-    results = arms.load([grids["seed"]])
-    results.cells[1].example.facts["device"] = "another"
-    assert any(text.startswith("Warning: not all runs have the same device") for text in sections.setting(results))
-
-
-def sentences(folder):
-    """The headlines, and the notes on tuning, of a study folder."""
-    results = arms.load([folder])
-    comparisons = report.compare(results.best_pairs)
-    return sections.headlines(results, comparisons), sections.tuning_notes(results)
-
-
-def test_a_study_that_is_half_done_says_so_and_has_no_edge(tmp_path):
-    rates = {"learning_rate": [0.001, 0.002, 0.004]}
-    folder = write_study(
-        tmp_path / "s", {"a": {}, "b": REDUCED}, lambda arm, seed, learning_rate: 3 - 100 * learning_rate, rates
-    )
-    for arm in "ab":
-        for path in folder.glob(f"{arm},learning_rate=0.004/*/summary.json"):
-            path.unlink()
-        Path(folder, f"{arm},learning_rate=0.001/seed3/summary.json").unlink()
-    _, notes = sentences(folder)
-    assert notes[0].startswith(
-        "a is best at learning_rate 0.002; points without a finished run: 1 of 3, so this is prov"
-    )
-    assert "Chosen by the seeds that all points have: 1, 2." in notes[0]
-    assert not any("edge" in note for note in notes)
-
-
-def test_a_point_that_diverged_is_told_and_leaves_the_lower_edge_an_edge(tmp_path):
-    rates = {"learning_rate": [0.001, 0.002, 0.004]}
-    folder = write_study(tmp_path / "s", {"a": {}}, lambda arm, seed, learning_rate: 2 + learning_rate, rates)
-    for path in folder.glob("a,learning_rate=0.004/*/summary.json"):
-        path.rename(path.with_name("nonfinite.json"))
-    _, notes = sentences(folder)
-    assert notes[0].startswith("a is best at learning_rate 0.001; points with a run that diverged, which are no candi")
-    assert "provisional" not in notes[0] and "at the edge of the grid" in notes[0]
-
-
-def test_the_arms_own_settings_are_compared_beside_the_best(tmp_path):
-    generator = np.random.default_rng(0)
-    loss = {("a", 0.5): 2.3, ("a", 1.0): 2.2, ("b", 0.5): 2.4, ("b", 1.0): 2.1}
-    folder = write_study(
-        tmp_path / "s",
-        {"a": {}, "b": REDUCED},
-        lambda arm, seed, attn_scale: loss[arm, attn_scale] + generator.normal(0, 1e-3),
-        {"attn_scale": [0.5, 1.0]},
-    )
-    content = json.loads((folder / "study.json").read_text())
-    for entry in content["arms"]:
-        entry["configured"] = {"attn_scale": {"a": 1.0, "b": 0.5}[entry["arm"]]}
-    (folder / "study.json").write_text(json.dumps(content))
-    (own, best), _ = sentences(folder)
-    assert own.startswith("As the arms' own files set them: b (attn_scale 0.5) is worse than a (attn_scale 1) by 0.1")
-    assert best.startswith("Best of 2 points against best of 2, chosen by these losses: b (attn_scale 1) is better")
-
-
-def test_a_difference_that_closes_with_size_is_told(tmp_path):
-    generator = np.random.default_rng(1)
-
-    def loss(arm, seed, max_iters):
-        gap = 0.1 - 0.02 * np.log2(max_iters / 10)
-        return 3 + seed / 10 + (gap if arm == "b" else 0) + generator.normal(0, 1e-3)
-
-    folder = write_study(tmp_path / "s", {"a": {}, "b": REDUCED}, loss, {"max_iters": [10, 20, 40]})
-    for seed in (2, 3):
-        Path(folder, f"b,max_iters=40/seed{seed}/summary.json").unlink()  # this size has too few seeds yet
-    (*_, trend), _ = sentences(folder)
-    assert "3 seeds, 2 sizes; 40 left out, with too few seeds): a trend" in trend
-    loss_of = {seed: loss("b", seed, 40) for seed in (2, 3)}
-    for seed, value in loss_of.items():
-        write_run(tmp_path / f"again{seed}", seed, value, **REDUCED, max_iters=40)
-        (tmp_path / f"again{seed}/summary.json").rename(folder / f"b,max_iters=40/seed{seed}/summary.json")
-    (*_, trend), _ = sentences(folder)
-    assert re.match(r"b − a changes by −0\.0(19|20)\d+ a doubling of max_iters .*3 seeds, 3 sizes\): a trend\.", trend)
-
-
-def test_what_is_not_alike_is_told_beside_the_verdict(tmp_path):
-    folders = [write_run(tmp_path / f"a{seed}", seed, 2 + seed / 10) for seed in (1, 2)]
-    folders += [write_run(tmp_path / f"b{seed}", seed, 1.9 + seed / 10, max_iters=80, block_size=8) for seed in (1, 2)]
-    results = arms.load(folders)
-    (verdict,) = sections.verdicts(results.best_pairs, report.compare(results.best_pairs))
-    assert verdict.endswith("Warning: the two are not alike: on 2 × the tokens, context 8 against 16.")
-    for run in results.cells[1].runs.values():
-        run.facts["dtype"] = "bfloat16"
-    (verdict,) = sections.verdicts(results.best_pairs, report.compare(results.best_pairs))
-    assert verdict.endswith("bfloat16 against float32.")
-
-
-def test_the_intervals_of_a_study_cover_its_difference_in_95_percent_of_trials(tmp_path):
-    folder = write_study(tmp_path / "s", {"a": {}, "b": REDUCED}, lambda arm, seed: 2.0, seeds=(1, 2, 3, 4))
-    results = arms.load([folder])
-    generator, covered = np.random.default_rng(5), 0
-    for _ in range(2000):
-        shared = generator.normal(2.0, 0.05, 5)
-        for cell in results.cells:
-            for run in cell.runs.values():
-                shift = 0.01 if cell.arm == "b" else 0.0
-                run.summary["val_loss"] = shared[run.config["seed"]] + shift + generator.normal(0, 0.004)
-        ((cell, control),) = results.best_pairs
-        found = comparison.difference(cell.losses, control.losses)
-        covered += found.low <= 0.01 <= found.high
-    assert 0.93 <= covered / 2000 <= 0.97
-
-
-@pytest.mark.parametrize(
-    ("p", "text"), [(None, "–"), (1e-5, "< 0.0001"), (0.04991, "0.0499"), (0.0503, "0.0503"), (0.234, "0.23")]
-)
-def test_a_p_value_near_the_level_has_more_digits(p, text):
-    assert sections.p_text(p) == text
-
-
-def test_diverged_runs_are_counted_apart_from_what_is_still_to_come(tmp_path):
-    folders = [write_run(tmp_path / f"a{seed}", seed, 2.0, finished=seed < 3) for seed in (1, 2, 3, 4)]
-    (folders[3] / "nonfinite.json").write_text("{}")
-    results = arms.load(folders)
-    assert [why for _, why in results.unfinished] == ["not finished, step 40 of 40", "diverged, step 40 of 40"]
-    text = " ".join(sections.setting(results))
-    assert "Runs that diverged, and are in no number here: 1." in text and "Runs that are not finished: 1." in text
-
-
 @pytest.fixture
 def runs(tiny):
     train.train(tiny(out_dir="a", **REDUCED))
@@ -436,7 +288,7 @@ def test_runs_of_the_trainer_are_reported(runs, command):
     assert (a["trainable"], a["scale"], a["weight decay"]) == ("W_K W_V W_O", "0.5/√8", "0.03125")
     assert (b["trainable"], b["scale"], b["weight decay"]) == ("W_Q W_K W_V W_O", "1/√8", "0.1")
     assert float(b["attn + MLP"][:-1]) - float(a["attn + MLP"][:-1]) == pytest.approx(2 * 16 * 16 / 1e6, abs=1e-3)
-    assert "- a against b: one seed cannot tell" in out
+    assert "- a against b is inconclusive: only one seed (difference " in out
 
 
 def test_a_run_of_one_window_and_no_step_has_no_error_and_no_speed(tiny, command):
@@ -453,5 +305,5 @@ def test_mistakes_end_in_one_line(tmp_path, monkeypatch, refuses):
     refuses(report.main, "nowhere", words=["nowhere", "config.json"])
     refuses(report.main, "nowhere", "--outdir=x", words=["did you mean out_dir?"])
     write_run(tmp_path / "a", 1, 2.0)
-    refuses(report.main, "a", "a", words=["both seed 1", "a seed counts once"])
-    refuses(report.main, "a", "--control=b", words=["control=b", "the arms are a"])
+    refuses(report.main, "a", "a", words=["both have seed 1", "must have each seed once"])
+    refuses(report.main, "a", "--control=b", words=["control must be an arm with a finished run (one of a), got 'b'"])

@@ -1,0 +1,194 @@
+"""The sentences and tables of a report."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from run_folders import REDUCED, write_run, write_study
+
+from studies import arms, sections
+
+PAPER = dict(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768, dataset="openwebtext")
+PAPER |= dict(tokens_per_step=480 * 1024, max_iters=105_000)
+
+
+def table_2(cells):
+    """The rows of Table 2 for some cells, each a dict of its columns."""
+    table = sections.table_2(cells)
+    return [dict(zip(table.head, row, strict=True)) for row in table.rows]
+
+
+def test_the_paper_s_numbers_are_beside_runs_of_its_setting_only(tmp_path):
+    folders = [
+        write_run(tmp_path / "baseline", 1, 2.91, **PAPER),
+        write_run(tmp_path / "reduced", 1, 2.89, **PAPER, **REDUCED),
+        write_run(tmp_path / "other", 1, 2.89, **PAPER, **REDUCED | {"attn_scale": 1.0}),
+    ]
+    results = arms.load(folders)
+    rows = table_2(results.best)
+    assert [row["paper: loss"] for row in rows] == ["2.90", "2.88", "–"]
+    assert [row["paper: parameters"] for row in rows] == ["124M", "117M", "–"]
+    assert [row["parameters"] for row in rows] == ["124.4M", "117.3M", "117.3M"]
+    assert "OpenWebText" in sections.paper_note(results.best)
+    short = write_run(tmp_path / "short", 1, 3.4, **PAPER | {"max_iters": 1000})
+    rows = table_2(arms.load([folders[0], short]).best)
+    assert [row["paper: loss"] for row in rows] == ["2.90", "–"]
+    short = arms.load([short])
+    assert "paper: loss" not in table_2(short.best)[0]
+    assert sections.paper_note(short.best).endswith("these runs use a different max_iters.")
+    assert sections.paper_note(results.best[2:]) is None
+
+
+def test_weight_decay_is_one_number_or_three():
+    config = dict(weight_decay=0.1, weight_decay_attn=0.0, weight_decay_mlp=None, weight_decay_embd=None)
+    assert sections.decays(config) == "0 / 0.1 / 0.1"
+    assert sections.decays(config | {"weight_decay_attn": 0.1}) == "0.1"
+
+
+def test_runs_on_different_devices_get_a_warning(tmp_path):
+    results = arms.load([write_run(tmp_path / "a", 1, 2.0), write_run(tmp_path / "b", 1, 2.0, **REDUCED)])
+    results.cells[1].example.facts["device"] = "another"
+    assert any(text.startswith("Warning: not all runs have the same device") for text in sections.setting(results))
+
+
+def sentences(folder):
+    """The headlines, and the notes on tuning, of a study folder."""
+    results = arms.load([folder])
+    comparisons = arms.compare_cells(results.best_pairs)
+    return sections.headlines(results, comparisons), sections.tuning_notes(results)
+
+
+def test_an_unfinished_grid_is_provisional_and_has_no_edge(tmp_path):
+    rates = {"learning_rate": [0.001, 0.002, 0.004]}
+    folder = write_study(
+        tmp_path / "s", {"a": {}, "b": REDUCED}, lambda arm, seed, learning_rate: 3 - 100 * learning_rate, rates
+    )
+    for arm in "ab":
+        for path in folder.glob(f"{arm},learning_rate=0.004/*/summary.json"):
+            path.unlink()
+        Path(folder, f"{arm},learning_rate=0.001/seed3/summary.json").unlink()
+    _, notes = sentences(folder)
+    assert notes[0].startswith(
+        "a is best at learning_rate 0.002; provisional, since 1 of 3 points have no finished run"
+    )
+    assert "Chosen by the seeds that all points have: 1, 2." in notes[0]
+    assert not any("edge" in note for note in notes)
+
+
+def test_a_point_that_diverged_is_excluded_and_the_lower_edge_stays_an_edge(tmp_path):
+    rates = {"learning_rate": [0.001, 0.002, 0.004]}
+    folder = write_study(tmp_path / "s", {"a": {}}, lambda arm, seed, learning_rate: 2 + learning_rate, rates)
+    for path in folder.glob("a,learning_rate=0.004/*/summary.json"):
+        path.rename(path.with_name("nonfinite.json"))
+    _, notes = sentences(folder)
+    assert notes[0].startswith("a is best at learning_rate 0.001; excluded, since a run diverged: 1 of 3 points")
+    assert "provisional" not in notes[0] and "at the edge of the grid" in notes[0]
+
+
+def test_default_settings_are_compared_as_well_as_best_points(tmp_path):
+    generator = np.random.default_rng(0)
+    loss = {("a", 0.5): 2.3, ("a", 1.0): 2.2, ("b", 0.5): 2.4, ("b", 1.0): 2.1}
+    folder = write_study(
+        tmp_path / "s",
+        {"a": {}, "b": REDUCED},
+        lambda arm, seed, attn_scale: loss[arm, attn_scale] + generator.normal(0, 1e-3),
+        {"attn_scale": [0.5, 1.0]},
+    )
+    content = json.loads((folder / "study.json").read_text())
+    for entry in content["arms"]:
+        entry["configured"] = {"attn_scale": {"a": 1.0, "b": 0.5}[entry["arm"]]}
+    (folder / "study.json").write_text(json.dumps(content))
+    (own, best), _ = sentences(folder)
+    assert own.startswith(
+        "With each arm's default settings, b (attn_scale 0.5) is worse than a (attn_scale 1) (difference +0.1"
+    )
+    assert best.startswith(
+        "At each arm's best grid point (of 2), chosen by these same losses, b (attn_scale 1) is better than a"
+    )
+
+
+def test_a_difference_that_closes_with_size_is_a_trend(tmp_path):
+    generator = np.random.default_rng(1)
+
+    def loss(arm, seed, max_iters):
+        gap = 0.1 - 0.02 * np.log2(max_iters / 10)
+        return 3 + seed / 10 + (gap if arm == "b" else 0) + generator.normal(0, 1e-3)
+
+    folder = write_study(tmp_path / "s", {"a": {}, "b": REDUCED}, loss, {"max_iters": [10, 20, 40]})
+    for seed in (2, 3):
+        Path(folder, f"b,max_iters=40/seed{seed}/summary.json").unlink()  # this size has too few seeds yet
+    (*_, trend), _ = sentences(folder)
+    assert trend.startswith("The difference b − a falls with max_iters (−0.0")
+    assert "3 seeds, 2 sizes; max_iters 40 left out, with too few seeds)." in trend
+    loss_of = {seed: loss("b", seed, 40) for seed in (2, 3)}
+    for seed, value in loss_of.items():
+        write_run(tmp_path / f"again{seed}", seed, value, **REDUCED, max_iters=40)
+        (tmp_path / f"again{seed}/summary.json").rename(folder / f"b,max_iters=40/seed{seed}/summary.json")
+    (*_, trend), _ = sentences(folder)
+    assert re.match(
+        r"The difference b − a falls with max_iters \(−0\.0(19|20)\d+ per doubling.*3 seeds, 3 sizes\)\.$", trend
+    )
+
+
+def test_runs_that_do_not_match_get_a_warning_after_the_verdict(tmp_path):
+    folders = [write_run(tmp_path / f"a{seed}", seed, 2 + seed / 10) for seed in (1, 2)]
+    folders += [write_run(tmp_path / f"b{seed}", seed, 1.9 + seed / 10, max_iters=80, block_size=8) for seed in (1, 2)]
+    results = arms.load(folders)
+    (verdict,) = sections.verdicts(results.best_pairs, arms.compare_cells(results.best_pairs))
+    assert verdict.endswith(
+        ". Warning: the runs of the two arms do not match: 2 × the training tokens, block_size 8 against 16."
+    )
+    for run in results.cells[1].runs.values():
+        run.facts["dtype"] = "bfloat16"
+    (verdict,) = sections.verdicts(results.best_pairs, arms.compare_cells(results.best_pairs))
+    assert verdict.endswith("bfloat16 against float32.")
+
+
+@pytest.mark.parametrize(
+    ("p", "text"), [(None, "–"), (1e-5, "< 0.0001"), (0.04991, "0.0499"), (0.0503, "0.0503"), (0.234, "0.23")]
+)
+def test_a_p_value_near_the_level_has_more_digits(p, text):
+    assert sections.p_text(p) == text
+
+
+def test_diverged_runs_are_counted_apart_from_unfinished_ones(tmp_path):
+    folders = [write_run(tmp_path / f"a{seed}", seed, 2.0, finished=seed < 3) for seed in (1, 2, 3, 4)]
+    (folders[3] / "nonfinite.json").write_text("{}")
+    results = arms.load(folders)
+    assert [why for _, why in results.unfinished] == ["not finished, step 40 of 40", "diverged, step 40 of 40"]
+    text = " ".join(sections.setting(results))
+    assert "Runs that diverged, and are excluded from all numbers: 1." in text
+    assert "Runs that are not finished: 1." in text
+
+
+def test_no_trend_is_said_in_words(tmp_path):
+    generator = np.random.default_rng(2)
+    folder = write_study(
+        tmp_path / "s",
+        {"a": {}, "b": REDUCED},
+        lambda arm, seed, max_iters: 2.0 + generator.normal(0, 0.01),
+        {"max_iters": [10, 20, 40]},
+    )
+    (*_, trend), _ = sentences(folder)
+    assert trend.startswith("The difference b − a shows no significant trend with max_iters (")
+
+
+def test_verdicts_come_before_their_numbers(tmp_path):
+    shift = {"a": [0.0] * 3, "clear": [0.1, 0.11, 0.1], "not": [0.02, -0.01, 0.01], "same": [0.25] * 3}
+    fields = {arm: {"beta1": 0.5 + i / 100} for i, arm in enumerate(shift)}
+    folder = write_study(tmp_path / "s", fields, lambda arm, seed: 2 + shift[arm][seed - 1])
+    clear, unclear, same = sentences(folder)[0]
+    assert re.fullmatch(
+        r"clear is worse than a \(difference \+0\.1033 nats per token, 95 % interval \+0.0890 to \+0.1177, "
+        r"p \(Holm\) = 0.0021, 3 seeds\)\.",
+        clear,
+    )
+    assert unclear.startswith("not and a are not distinguishable with 3 seeds (difference +0.0067 nats per token, 95 %")
+    assert re.search(
+        r", p \(Holm\) = [0-9.]+\); detecting a difference of 0\.01 needs about \d+ seeds \(\d+ to [\d,]+\)\.$", unclear
+    )
+    assert same == (
+        "same against a is inconclusive: the same difference in each of 3 seeds (difference +0.2500 nats per token)."
+    )
