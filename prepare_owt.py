@@ -1,59 +1,62 @@
-"""Turn text into token bins, once and the same for everybody: data/<name>/train.bin, val.bin and meta.json.
+"""From text to token bins: data/<name>/train.bin, val.bin and meta.json, the same bytes on every machine.
 
 python prepare_owt.py                                  OpenWebText, GPT-2 tokens and nanoGPT's split (24 GB to download)
-python prepare_owt.py --source=stdlib                  the embedded corpus: Python's standard library, a token a byte
+python prepare_owt.py --source=stdlib                  the embedded corpus: Python's standard library, bytes as tokens
 python prepare_owt.py --source=files --files='texts/*.jsonl.zst' --out_dir=data/mine
 python prepare_owt.py --source=owner/dataset --revision=… --subset=… --text_column=text
 python prepare_owt.py --verify --out_dir=data/openwebtext           are the bins still those of their meta.json?
 
-First every document is encoded, in the order of the source, into one token file in out_dir/unfinished; then that file
-is gathered into the permuted order of the split. The disk holds the tokens twice, the memory a window of them. What was
-interrupted goes on when the command is repeated, and ends in the same bins.
+First every document is encoded, in the order of the source, into one token file in out_dir/unfinished; then its
+documents are written in the order of the split. The disk holds the tokens twice, the memory only a part of them. An
+interrupted preparation is resumed by repeating the command, and ends in the same bins. See corpus/README.md.
 """
 
 import contextlib
 import dataclasses
-import errno
+import hashlib
 import itertools
+import math
 import os
 import platform
+import shlex
 import shutil
-import sys
-import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 import configurator
 import data
-from corpus import encoding, gathering, sources, token_file, tokenizers
-from engine.files import sha256_of
+from configurator import FilePath
+from corpus import disk, encoding, gathering, hub, openwebtext, reading, sources, token_file, tokenizers
+from corpus.disk import require_space
+from corpus.progress import Progress
 
-OPENWEBTEXT = ("Skylion007/openwebtext", "plain_text", "79d93d786212f7344586290adb811d4ae6a1762c")
-# What that revision has, in GPT-2 tokens; the splits' counts are for nanoGPT's seed and fraction.
-OPENWEBTEXT_COUNTS = {"documents": 8_013_769, "tokens": 9_040_017_095}
-OPENWEBTEXT_SPLITS = {
-    "train": {"documents": 8_009_762, "tokens": 9_035_582_489},
-    "val": {"documents": 4_007, "tokens": 4_434_606},
-}
-NANOGPT_SPLIT = {"seed": 2357, "val_fraction": 0.0005}
+LOCAL_VAL_FRACTION = 0.05  # for the embedded corpus and for files, which are small
+FEW_DOCUMENTS, FEW_TOKENS = 20, 100_000  # of a validation split: fewer make its loss imprecise
 
 
 @dataclass
 class PrepareConfig:
     """What to tokenise, and how to split it."""
 
+    # source
     source: str = "openwebtext"  # or stdlib, or files, or the id of a dataset on the Hugging Face hub: owner/name
-    files: str | None = None  # for source=files: a glob of Parquet, .jsonl(.gz, .zst); others: one plain text each
+    files: str | None = None  # for source=files: files, folders, patterns, separated by commas; see corpus/README.md
     revision: str | None = None  # of a dataset on the hub: commit, tag or branch; none: the latest, named in meta.json
     subset: str | None = None  # of a dataset on the hub that has several
-    text_column: str = "text"  # the column, or the field of a JSON line, that holds the text
+    text_column: str = "text"  # the column or JSON field that holds the text; outer.inner for one in a struct or object
+
+    # tokens and split
     tokenizer: Literal["auto", "gpt2", "bytes"] = "auto"  # auto: bytes for stdlib, gpt2 for everything else
-    val_fraction: float | None = None  # of the documents, for validation; none: 0.05 for stdlib, else nanoGPT's 0.0005
+    val_fraction: float | None = None  # for validation; none: 0.05 for stdlib and files, nanoGPT's 0.0005 for the hub
     seed: int = 2357  # of the split
-    out_dir: str | None = None  # where the bins go; none: data/ and the last part of the source's name
-    verify: bool = False  # prepare nothing: compare the bins in out_dir with the sums in their meta.json
+
+    # bins
+    out_dir: FilePath | None = None  # where the bins go; none: data/ and the last part of the source's name
+    verify: bool = False  # prepare nothing: compare the bins in out_dir with their meta.json
 
     def __post_init__(self):
         if (self.source == "files") != bool(self.files):
@@ -63,177 +66,131 @@ class PrepareConfig:
                 raise ValueError(f"--{name} is for a dataset on the hub, owner/name, not for --source={self.source}")
         self.out_dir = self.out_dir or f"data/{Path(self.source).name}"
         if self.source == "openwebtext":
-            self.source, self.subset, self.revision = OPENWEBTEXT
-        embedded = self.source == "stdlib"
+            self.source, self.subset, self.revision = openwebtext.SOURCE
+        is_local = self.source in ("stdlib", "files")
         if self.tokenizer == "auto":
-            self.tokenizer = "bytes" if embedded else "gpt2"
+            self.tokenizer = "bytes" if self.source == "stdlib" else "gpt2"
         if self.val_fraction is None:
-            self.val_fraction = 0.05 if embedded else NANOGPT_SPLIT["val_fraction"]
+            self.val_fraction = LOCAL_VAL_FRACTION if is_local else openwebtext.NANOGPT_SPLIT["val_fraction"]
         if not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction must be between 0 and 1, not {self.val_fraction}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, not {self.seed}")
-
-
-class Progress:
-    """A bar in a terminal, elsewhere a line every half minute: bytes done, MB/s and the time left."""
-
-    def __init__(self, what, total, done=0):
-        from tqdm import tqdm
-
-        self._bar = tqdm(
-            desc=what, total=total, initial=done, unit="B", unit_scale=True, dynamic_ncols=True, mininterval=0.5,
-            disable=not sys.stderr.isatty(),
-        )  # fmt: skip
-        self._what, self._total, self._start, self._done = what, total, done, done
-        self._began = self._said = time.monotonic()
-
-    def update(self, n_bytes):
-        """Count n_bytes more."""
-        self._bar.update(n_bytes)
-        self._done += n_bytes
-        now = time.monotonic()
-        if self._bar.disable and now - self._said > 30:
-            self._said, seconds = now, now - self._began
-            line = self._bar.format_meter(
-                self._done, self._total, seconds, initial=self._start, unit="B", unit_scale=True, prefix=self._what
-            )
-            print(line, flush=True)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._bar.close()
-
-
-def require_space(*needs):
-    """Say how much space is needed and free. needs: (folder, bytes, what for). Raises ValueError for too little."""
-    by_disk = {}
-    for folder, n_bytes, purpose in needs:
-        folder = Path(folder).absolute()
-        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        by_disk.setdefault(os.stat(there).st_dev, []).append((there, n_bytes, purpose))
-    for group in by_disk.values():
-        free = shutil.disk_usage(group[0][0]).free
-        what = " and ".join(f"{_gigabytes(n_bytes)} for {purpose}" for _, n_bytes, purpose in group)
-        line = f"space: {what}; {_gigabytes(free)} are free in {group[0][0]}"
-        if sum(n_bytes for _, n_bytes, _ in group) > free:
-            raise ValueError(f"too little {line}: make room, or choose another --out_dir=…")
-        print(line, flush=True)
-
-
-def _gigabytes(n_bytes):
-    return f"{n_bytes / 1e9:,.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:,.2f} MB"
+            raise ValueError(f"val_fraction must be greater than 0 and less than 1, got {self.val_fraction}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, got {self.seed}")
 
 
 def encode(cfg, files, store, encoder):
-    """Encode the documents of files that `store` does not hold yet; returns the encoder with which it ended."""
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    text_bytes = sum(sources.text_bytes(file, cfg.text_column) for file in files)
+    """Encode the documents of files that `store` does not hold yet; returns the encoder that was used in the end."""
+    workers = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) or 1
+    text_bytes = sum(reading.text_bytes(file, cfg.text_column) for file in files)
     if store.documents:
-        print(f"going on after {store.documents:,} documents")
+        print(f"resuming after {store.documents:,} documents")
     try:
         n_tokens = expected_tokens(cfg, files, text_bytes, encoder)
         left = max(0, 2 * n_tokens * encoder.dtype.itemsize - store.size)
-        require_space((store.path.parent, left, f"twice the bins, about {n_tokens:,} tokens"))
-        batches = sources.batches(files, cfg.text_column, store.file, store.file_documents)
+        require_space((store.path.parent, left, f"2 × the bins, {n_tokens:,} tokens"))
+        batches = reading.batches(files, cfg.text_column, store.file, store.file_documents)
         with Progress(f"encoding with {encoder.name}", text_bytes, store.text_bytes) as progress:
             for batch, ids, lengths in encoding.encoded(encoding.with_checks(batches), encoder, workers):
                 store.append(batch, ids, lengths)
                 progress.update(batch.texts.nbytes)
     except encoding.DisagreementError as error:
-        print(f"gigatoken disagrees with tiktoken ({error}): all is encoded again, by tiktoken")
+        print(f"gigatoken disagrees with tiktoken ({error}): encoding everything again, with tiktoken")
         store.start_again()
-        return encode(cfg, files, store, encoding.Encoder(cfg.tokenizer, distrust=True))
+        return encode(cfg, files, store, encoding.Encoder(cfg.tokenizer, use_gigatoken=False))
     return encoder
 
 
 def expected_tokens(cfg, files, text_bytes, encoder):
     """How many tokens the files will give: known for OpenWebText, else estimated from the beginnings of three files."""
-    if (cfg.source, cfg.tokenizer) == (OPENWEBTEXT[0], "gpt2"):
-        return OPENWEBTEXT_COUNTS["tokens"]
+    if (cfg.source, cfg.tokenizer) == (openwebtext.SOURCE[0], "gpt2"):
+        return openwebtext.COUNTS["tokens"]
     sampled, ids = 0, 0
     for index in sorted({0, len(files) // 2, len(files) - 1}):
-        for batch in itertools.islice(sources.batches(files[index : index + 1], cfg.text_column), 1):
+        for batch in itertools.islice(reading.batches(files[index : index + 1], cfg.text_column), 1):
             batch = dataclasses.replace(batch, texts=batch.texts[:100])
             sampled, ids = sampled + batch.texts.nbytes, ids + len(encoder(batch)[0])
     return text_bytes * ids // max(1, sampled)
 
 
 def prepare(cfg):
-    """Write the bins and the manifest of cfg, going on where an earlier call stopped; returns the manifest.
+    """Write the bins and the manifest of cfg, resuming an earlier call that was interrupted; returns the manifest.
 
-    Raises ValueError for whatever a user can mend; what was done is kept. For OpenWebText it is raised, too, when all
-    is written but the counts are not the known ones.
+    Raises ValueError for whatever a user can correct; what was done is kept. For OpenWebText it is also raised when
+    everything is written but the counts are not the known ones.
     """
-    with _disk_errors(cfg.out_dir):
+    with disk.errors(cfg.out_dir):
         manifest = _prepare(cfg, Path(cfg.out_dir), Path(cfg.out_dir) / "unfinished")
-    check_openwebtext(cfg.out_dir, manifest)
+    openwebtext.check_counts(cfg.out_dir, manifest)
+    val = manifest["splits"]["val"]
+    if val["documents"] < FEW_DOCUMENTS or val["tokens"] < FEW_TOKENS:
+        print(
+            f"warning: the validation split is small (documents: {val['documents']:,}, tokens: {val['tokens']:,}), so "
+            "its loss is imprecise: use a larger --val_fraction, or more text"
+        )
+    if min(counts["tokens"] for counts in manifest["splits"].values()) > 1:
+        print(f"train on it: {training_command(Path(cfg.out_dir), manifest)}")
     return manifest
 
 
 def _prepare(cfg, folder, work):
-    source, files = sources.local_source(cfg)
+    source, files = sources.describe_source(cfg)
     manifest = data.read_manifest(folder)
     if manifest is not None:
         split = {"seed": cfg.seed, "val_fraction": cfg.val_fraction}
-        if differing := _differences(manifest, {"source": source, "tokenizer": cfg.tokenizer, "split": split}):
+        if differences := _differences(manifest, {"source": source, "tokenizer": cfg.tokenizer, "split": split}):
             raise ValueError(
-                f"{folder} holds bins that were prepared otherwise ({'; '.join(differing)}): choose another place with "
-                "--out_dir=…, or delete the folder"
+                f"{folder} holds bins prepared with other settings ({'; '.join(differences)}): choose another "
+                "--out_dir, or delete the folder"
             )
-        shutil.rmtree(work, ignore_errors=True)  # left over where the end came between the last two steps
+        for name in manifest["splits"]:
+            check_size(folder, name, manifest)
+        shutil.rmtree(work, ignore_errors=True)  # left where the process ended between the last two steps
         print(f"{folder} is prepared already, with the same settings")
         return manifest
-    if any((folder / f"{name}.bin").exists() for name in ("train", "val")) and not work.exists():
-        raise ValueError(f"{folder} holds bins without a meta.json: move them, or choose another --out_dir=…")
-    tokenizers.get_tokenizer(cfg.tokenizer)  # a missing vocabulary shows before the download
+    if any((folder / f"{name}.bin").exists() for name in data.SPLITS) and not work.exists():
+        raise ValueError(f"{folder} holds bins without a meta.json: move them, or choose another --out_dir")
+    tokenizers.get_tokenizer(cfg.tokenizer)  # so that a missing vocabulary is reported before the download
     if files is None:
-        hub = sources.find_on_hub(cfg, work)
-        source["revision"] = hub.revision
-        if hub.missing:
-            needs = [(sources.hub_cache(), hub.missing_bytes, "the download")]
-            if hub.repository == OPENWEBTEXT[0]:
-                needs.append((work, 4 * OPENWEBTEXT_COUNTS["tokens"], "twice the bins"))
+        found = hub.find(cfg, work)
+        source["revision"] = found.revision
+        if found.missing:
+            needs = [(hub.cache_folder(), found.missing_bytes, "the download")]
+            if found.repository == openwebtext.SOURCE[0]:
+                needs.append((work, 4 * openwebtext.COUNTS["tokens"], "2 × the bins"))
             require_space(*needs)
-        files = sources.download(hub)
+        files = hub.download(found)
+        if cfg.revision not in (None, found.revision):
+            source["requested_revision"] = cfg.revision
     work.mkdir(parents=True, exist_ok=True)
     return _encode_and_gather(cfg, folder, work, source, files)
 
 
-@contextlib.contextmanager
-def _disk_errors(folder):
-    """Raise ValueError in place of what the operating system says of files and disks."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ValueError(
-                f"no space is left for {folder} ({error.strerror}): what was done is kept; make room, then repeat the "
-                "command to go on"
-            ) from error
-        raise ValueError(f"{error.filename or folder}: {error.strerror or error}") from error
-
-
 def _encode_and_gather(cfg, folder, work, source, files):
-    settings = {"source": {name: source[name] for name in source if name != "files"}, "tokenizer": cfg.tokenizer}
+    described = {name: source[name] for name in source if name not in ("files", "requested_revision")}
+    settings = {"source": described, "tokenizer": cfg.tokenizer}
     tokenizer = tokenizers.get_tokenizer(cfg.tokenizer)
     dtype, eot, records = data.dtype_for(tokenizer.n_vocab), tokenizer.eot_token, [file.record() for file in files]
+    split = {"seed": cfg.seed, "val_fraction": cfg.val_fraction}
     with contextlib.closing(token_file.TokenFile(work, settings, records, data.DTYPES[dtype], eot)) as store:
         try:
-            encoder = encode(cfg, files, store, encoding.Encoder(cfg.tokenizer, distrust=store.distrust))
-            orders = gathering.split(store.documents, cfg.val_fraction, cfg.seed)
+            encoder = encode(cfg, files, store, encoding.Encoder(cfg.tokenizer, store.use_gigatoken))
+            if store.documents == 1:
+                split["by"] = "position"
+                ends, orders = gathering.split_by_position(store.size // data.DTYPES[dtype].itemsize, cfg.val_fraction)
+            else:
+                ends, orders = store.document_ends(), gathering.split(store.documents, cfg.val_fraction, cfg.seed)
             for name in orders:
-                (folder / f"{name}.bin").unlink(missing_ok=True)  # moved there by a preparation that ended right then
+                (folder / f"{name}.bin").unlink(missing_ok=True)  # where the process ended before it wrote meta.json
             with Progress("gathering", 4 * store.size) as progress:
-                splits = gathering.gather(
-                    store.path, store.document_ends(), orders, work, data.DTYPES[dtype], progress.update
-                )
+                splits = gathering.gather(store.path, ends, orders, work, data.DTYPES[dtype], progress.update)
+            if "by" in split:
+                splits["train"]["documents"] = 0  # as its end-of-text tokens: the document ends in val.bin
         except BaseException:
-            for name in ("train", "val"):
-                (work / f"{name}.bin").unlink(missing_ok=True)  # as large as it is incomplete
-            with contextlib.suppress(OSError):  # if there is no place for this, either, the last commit stands
+            for name in data.SPLITS:
+                (work / f"{name}.bin").unlink(missing_ok=True)  # incomplete, but perhaps large
+            with contextlib.suppress(
+                OSError, ValueError
+            ):  # if there is no space for this either, the last commit remains
                 store.commit()
             raise
         for name in orders:
@@ -248,12 +205,16 @@ def _encode_and_gather(cfg, folder, work, source, files):
             dtype=dtype,
             splits=splits,
             source=source,
-            split={"seed": cfg.seed, "val_fraction": cfg.val_fraction},
+            split=split,
             encoder=encoder.name,
             versions={"python": platform.python_version(), **{name: metadata.version(name) for name in libraries}}
             | encoder.versions(),
         )
     shutil.rmtree(work)
+    if "by" in split:
+        print(
+            f"one document, split by position: the last {100 * cfg.val_fraction:g} % of its tokens are for validation"
+        )
     for name, counts in splits.items():
         documents, n_tokens = f"{counts['documents']:,} documents", f"{counts['tokens']:,} tokens"
         print(f"{folder / name}.bin: {documents}, {n_tokens}, SHA-256 {counts['sha256']}")
@@ -261,64 +222,99 @@ def _encode_and_gather(cfg, folder, work, source, files):
 
 
 def _differences(manifest, wanted, prefix=""):
-    """What a manifest says otherwise than the nested dict `wanted`, as a list of texts."""
+    """What a manifest says that differs from the nested dict `wanted`, as a list of texts."""
     texts = []
     for name, value in wanted.items():
-        have = manifest.get(name)
-        if isinstance(value, dict) and isinstance(have, dict):
-            texts += _differences(have, value, f"{name}.")
-        elif have != value:
-            texts.append("other files" if name == "files" else f"{prefix}{name} is {have!r}, not {value!r}")
+        found = manifest.get(name)
+        if isinstance(value, dict) and isinstance(found, dict):
+            texts += _differences(found, value, f"{name}.")
+        elif name == "files" and isinstance(found, list):
+            texts += [f"other files: {change}" for change in _changed_files(found, value)[:1]]
+        elif found != value and not (name == "revision" and manifest.get("requested_revision") == value):
+            texts.append(f"{prefix}{name} is {found!r}, not {value!r}")
     return texts
 
 
-def check_openwebtext(folder, manifest):
-    """Compare the counts of prepared OpenWebText with the known ones and say the result; nothing for other sources.
-
-    Raises ValueError when they differ.
-    """
-    source, splits = manifest["source"], manifest["splits"]
-    identity = (source.get("id"), source.get("subset"), source.get("revision"))
-    if identity != OPENWEBTEXT or source["text_column"] != "text":
-        return
-    have = {"all": {name: sum(splits[part][name] for part in splits) for name in ("documents", "tokens")}} | splits
-    known = {"all": OPENWEBTEXT_COUNTS} | (OPENWEBTEXT_SPLITS if manifest["split"] == NANOGPT_SPLIT else {})
-    compared = ("documents", "tokens") if manifest["tokenizer"] == "gpt2" else ("documents",)
-    wrong = [
-        f"{part}: {have[part][name]:,} {name}, not {known[part][name]:,}"
-        for part in known
-        for name in compared
-        if have[part][name] != known[part][name]
+def _changed_files(before, now):
+    """How the files' identities differ, as a list of texts; an older manifest has less to compare."""
+    before, now = ({file["name"]: file for file in files} for files in (before, now))
+    texts = [f"{name} was not among them" for name in now if name not in before]
+    texts += [f"{name} was among them" for name in before if name not in now]
+    both = [name for name in now if name in before]
+    return texts + [
+        f"{name} has changed since"
+        for name in both
+        if any(before[name][key] != now[name][key] for key in before[name].keys() & now[name].keys())
     ]
-    if wrong:
+
+
+def training_command(folder, manifest):
+    """The command that trains the W_Q = I model on the bins in folder: the paper's size for 1e9 tokens or more."""
+    n_train, n_val = (manifest["splits"][name]["tokens"] for name in ("train", "val"))
+    is_large = n_train >= 1e9
+    defaults = {"data_dir": "data", "dataset": "openwebtext", "vocab_size": 50304, "block_size": 1024}
+    if not is_large:
+        defaults |= {"dataset": "stdlib", "vocab_size": 320, "block_size": 128}  # those of config/quick.py
+    folder = folder if folder.name not in ("", "..") else folder.resolve()
+    block_size = defaults["block_size"]
+    while block_size > 1 and block_size >= min(n_train, n_val):  # a window has one token more
+        block_size //= 2
+    values = {
+        "data_dir": str(folder.parent),
+        "dataset": folder.name,
+        "vocab_size": 64 * math.ceil(manifest["vocab_size"] / 64),  # as GPT-2's 50,257 is padded to 50,304
+        "block_size": block_size,
+    }
+    root = "" if Path.cwd() == configurator.ROOT else f"{configurator.ROOT}/"
+    names = ["train.py", *([] if is_large else ["config/quick.py"]), "config/reduced_tied.py"]
+    options = [f"--{name}={value}" for name, value in values.items() if value != defaults[name]]
+    return shlex.join(["python", *(root + name for name in names), *options])
+
+
+def check_size(folder, name, manifest):
+    """The path of a split's bin. Raises ValueError when it is missing, or not as long as its manifest says."""
+    path, itemsize = Path(folder) / f"{name}.bin", data.DTYPES[manifest["dtype"]].itemsize
+    if not path.exists():
+        raise ValueError(f"{path} is missing: delete the folder and prepare it again")
+    expected, found = manifest["splits"][name]["tokens"] * itemsize, path.stat().st_size
+    if found != expected:
         raise ValueError(
-            f"{folder} is written, but it is not the OpenWebText that everybody has ({'; '.join(wrong)}): its results "
-            "cannot be compared; meta.json names the versions of the libraries that made it"
+            f"{path} is damaged: it has {found:,} bytes, meta.json says {expected:,}; delete the folder and prepare it "
+            "again"
         )
-    print(f"checked: the numbers of {' and '.join(compared)} are those known of this revision")
+    return path
 
 
 def verify(folder):
-    """Recompute the sums of the bins in folder. Raises ValueError when they are not those of its meta.json."""
+    """Compare the bins in folder with the sums and counts in its meta.json. Raises ValueError when they differ."""
     manifest = data.read_manifest(folder)
     if manifest is None:
-        raise ValueError(f"{folder} has no meta.json to compare with: prepare it first, or name it with --out_dir=…")
+        raise ValueError(f"{folder} has no meta.json to compare with: prepare it first, or name it with --out_dir")
     for name, expected in manifest["splits"].items():
-        path = Path(folder) / f"{name}.bin"
-        if not path.exists():
-            raise ValueError(f"{path} is missing: delete the folder and prepare it again")
-        found = sha256_of(path)
-        if found != expected["sha256"]:
-            raise ValueError(f"{path} is damaged: its SHA-256 is {found}, not {expected['sha256']}; prepare it again")
-        print(f"{path}: {expected['tokens']:,} tokens, {found} as in meta.json")
-    check_openwebtext(folder, manifest)
+        path, digest, documents = check_size(folder, name, manifest), hashlib.sha256(), 0
+        with open(path, "rb") as file:
+            while len(tokens := np.fromfile(file, data.DTYPES[manifest["dtype"]], 2**22)):
+                digest.update(tokens)
+                documents += np.count_nonzero(tokens == manifest["eot"])
+        if digest.hexdigest() != expected["sha256"]:
+            raise ValueError(
+                f"{path} is damaged: its SHA-256 is {digest.hexdigest()}, meta.json says {expected['sha256']}; delete "
+                "the folder and prepare it again"
+            )
+        if documents != expected["documents"]:
+            raise ValueError(
+                f"{path} has {documents:,} end-of-text tokens, meta.json says {expected['documents']:,} documents: "
+                "delete the folder and prepare it again"
+            )
+        print(f"{path}: {documents:,} documents, {expected['tokens']:,} tokens, {digest.hexdigest()}, as in meta.json")
+    openwebtext.check_counts(folder, manifest)
 
 
 def main(argv):
     """The command; see the module's docstring."""
     cfg = configurator.parse(PrepareConfig, argv)
     if cfg.verify:
-        with _disk_errors(cfg.out_dir):
+        with disk.errors(cfg.out_dir):
             verify(cfg.out_dir)
     else:
         prepare(cfg)

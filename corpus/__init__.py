@@ -1,1 +1,1 @@
-"""Text becomes token bins."""
+"""From text to token bins; README.md says how."""

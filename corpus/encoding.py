@@ -1,7 +1,8 @@
-"""Text becomes token ids: tiktoken, gigatoken checked against it, or bytes.
+"""From text to token ids: by tiktoken, by gigatoken, which is checked against it, or by bytes.
 
-Threads do the encoding: pyarrow, tiktoken and gigatoken all leave Python's lock while they work, and threads, unlike
-processes, share the vocabulary and hand over their results without a copy, so that memory stays small on many cores.
+Encoding runs in threads: pyarrow, tiktoken and gigatoken all release Python's global interpreter lock while they work,
+and threads, unlike processes, share the vocabulary and return their results without a copy, so that memory stays small
+on many cores.
 """
 
 import base64
@@ -13,9 +14,9 @@ from importlib import metadata
 import numpy as np
 
 import data
-from corpus import sources, tokenizers
+from corpus import reading, tokenizers
 
-SAMPLE_RATIO = 1000  # at least one byte of text in this many is encoded twice, by gigatoken and by tiktoken
+SAMPLE_RATIO = 1000  # of gigatoken's text, tiktoken encodes at least one byte in this many, too
 HARD_TEXTS = (
     "",
     " ",
@@ -28,24 +29,24 @@ HARD_TEXTS = (
 
 
 class DisagreementError(Exception):
-    """gigatoken gave other tokens than tiktoken, or broke down."""
+    """gigatoken gave other tokens than tiktoken, or failed."""
 
 
 class Encoder:
-    """Batch → the tokens of its documents, each followed by the end-of-text token; may be called from many threads.
+    """Encodes a Batch: the tokens of its documents, each followed by the end-of-text token. Thread-safe.
 
-    tokenizer: 'gpt2' or 'bytes'. distrust: leave gigatoken alone. `name` says which library encodes: 'gigatoken',
-    'tiktoken' or 'bytes'. Raises ValueError when the vocabulary is missing.
+    tokenizer: 'gpt2' or 'bytes'. use_gigatoken: use it for gpt2 if it is installed and agrees with tiktoken. `name` is
+    what encodes: 'gigatoken', 'tiktoken' or 'bytes'. Raises ValueError when the vocabulary is missing.
     """
 
-    def __init__(self, tokenizer, distrust=False):
+    def __init__(self, tokenizer, use_gigatoken=True):
         self.tokenizer = tokenizers.get_tokenizer(tokenizer)
         self.vocab_size, self.eot = self.tokenizer.n_vocab, self.tokenizer.eot_token
         self.dtype = data.DTYPES[data.dtype_for(self.vocab_size)]
         self.name, self._encode = "bytes", _encode_bytes
         if tokenizer != "bytes":
             self.name, self._encode = "tiktoken", self._encode_tiktoken
-            if not distrust:
+            if use_gigatoken:
                 self._try_gigatoken()
 
     def __call__(self, batch):
@@ -53,7 +54,7 @@ class Encoder:
 
         Raises ValueError for a row that is not text, DisagreementError when gigatoken and tiktoken differ.
         """
-        texts = sources.valid_texts(batch)
+        texts = reading.valid_texts(batch)
         ids, offsets = self._encode(texts)
         if batch.check is not None and self.name == "gigatoken":
             expected, _ = self._encode_tiktoken(texts.slice(batch.check, 1))
@@ -82,15 +83,15 @@ class Encoder:
                     batch = fast.encode_batch(awkward.from_arrow(texts), parallel=False)
                     return np.asarray(batch.layout.content.data), np.asarray(batch.layout.offsets.data)
                 except BaseException as error:  # a panic of the Rust library is not an Exception
-                    raise DisagreementError(f"it broke down ({error})") from error
+                    raise DisagreementError(f"it failed ({error})") from error
 
-            hard = sources.string_array(HARD_TEXTS)
+            hard = reading.string_array(HARD_TEXTS)
             if not all(map(np.array_equal, encode(hard), self._encode_tiktoken(hard))):
-                raise DisagreementError("the texts of the built-in check")
+                raise DisagreementError("in the built-in check")
         except ImportError:
-            print("gigatoken is not installed: tiktoken encodes, many times slower (`pip install gigatoken`)")
+            print("gigatoken is not installed: encoding with tiktoken, many times slower (`pip install gigatoken`)")
         except Exception as error:
-            print(f"gigatoken is left out, tiktoken encodes: {type(error).__name__}: {error}")
+            print(f"gigatoken is not used ({type(error).__name__}: {error}): encoding with tiktoken")
         else:
             self.name, self._encode = "gigatoken", encode
 
@@ -106,7 +107,7 @@ def _encode_bytes(texts):
 
 
 def with_checks(batches):
-    """The batches, with the documents marked that tiktoken encodes, too: some of every file, spread over it."""
+    """The batches, with the documents marked that tiktoken encodes, too: some of every file with several documents."""
     seen, checked, last_file, count = 0, 0, -1, 0
     for batch in batches:
         seen += batch.texts.nbytes
@@ -114,15 +115,15 @@ def with_checks(batches):
             index = count * 7919 % len(batch.texts)  # not always the first
             checked += batch.texts[index : index + 1].nbytes
             count += 1
-            batch = sources.Batch(batch.file, batch.path, batch.first, batch.texts, check=index)
+            batch = reading.Batch(batch.file, batch.path, batch.first, batch.texts, check=index)
         last_file = batch.file
         yield batch
 
 
 def encoded(batches, encoder, workers):
-    """Yield (batch, tokens, lengths) in the order of batches, encoded by `workers` threads that work ahead.
+    """Yield (batch, tokens, lengths) in the order of batches, encoded ahead of time by `workers` threads.
 
-    Raises what reading or encoding raised, after the results of everything that came before it.
+    Raises what reading or encoding raised, after yielding everything that came before it.
     """
     pending, failure = deque(), None
     pool = ThreadPoolExecutor(workers)

@@ -1,4 +1,4 @@
-"""The documents of a token file in the order of the split: the bins."""
+"""From the token file to the bins: its documents, split and put into the order of the split."""
 
 import contextlib
 import hashlib
@@ -14,42 +14,59 @@ import numpy as np
 import data
 from corpus import token_file
 
-MEMORY_BYTES = 2**29  # a token file up to this size is gathered in memory
-WINDOW_BYTES = 2**27  # else, of a bin that is sorted in memory at a time
+MEMORY_BYTES = 2**29  # a token file up to this size is read whole
+WINDOW_BYTES = 2**27  # of the bin of a larger one: the part that is put in order at a time
 
 
 def split(n_documents, val_fraction, seed):
-    """Indices of the training and of the validation documents, in the order in which they stand in the bins.
+    """split -> the indices of its documents, in their order in the bin.
 
-    The rule of `datasets.Dataset.train_test_split`. Raises ValueError when one of the two would be empty.
+    The rule of `datasets.Dataset.train_test_split`, which nanoGPT uses. Raises ValueError when a split would be empty.
     """
+    if not n_documents:
+        raise ValueError("the source has no documents")
     order = np.random.default_rng(seed).permutation(n_documents)
     n_val = math.ceil(val_fraction * n_documents)
     if not 0 < n_val < n_documents:
         raise ValueError(
-            f"{n_documents} documents with val_fraction={val_fraction} make {n_val} for validation and "
-            f"{n_documents - n_val} for training; each needs one or more"
+            f"val_fraction={val_fraction} of {n_documents:,} documents is {n_val:,} for validation, which leaves "
+            f"{n_documents - n_val:,} for training: each needs one or more"
         )
     return {"train": order[n_val:], "val": order[:n_val]}
+
+
+def split_by_position(n_tokens, val_fraction):
+    """(ends, orders), as gather takes them, that cut a single document in two: its last val_fraction is for validation.
+
+    Raises ValueError when it has too few tokens.
+    """
+    n_val = math.ceil(val_fraction * n_tokens)
+    if not 0 < n_val < n_tokens:
+        raise ValueError(
+            f"the only document is too short to split (tokens with end-of-text: {n_tokens:,}, val_fraction="
+            f"{val_fraction}): training and validation need one or more each"
+        )
+    return np.array([n_tokens - n_val, n_tokens]), {"train": np.array([0]), "val": np.array([1])}
 
 
 def gather(path, ends, orders, folder, dtype, progress=lambda n: None):
     """Write the documents of a token file in another order: folder/<split>.bin for each of `orders`.
 
     ends: where the documents end in it, (documents,) int64, in tokens. orders: split -> the indices of its documents,
-    in their order; each document is in exactly one. progress: called with the bytes done; the whole is four times the
-    size of the token file. Returns split -> {tokens, documents, sha256}.
+    in their order; each document is in exactly one. progress: called with the number of bytes read or written, which
+    add up to four times the size of the token file. Returns split -> {tokens, documents, sha256}. Raises OSError.
 
-    Nothing is read or written in small pieces at random: a bin is thought of as windows that fit into memory. The first
-    pass reads the token file once, in order, and writes each document into its window, wherever the next free place is;
-    the second reads each window, puts its documents in order in memory, and writes it back. A token file that fits into
-    memory needs no first pass.
+    No small pieces are read or written at random places: a bin is treated as a sequence of windows that fit into
+    memory. The first pass reads the token file once, in order, and appends each document to the window to which it
+    belongs; the second reads each window, puts its documents in order in memory, and writes it back. A token file that
+    fits into memory needs no first pass.
     """
     lengths = np.diff(ends, prepend=0)
     is_small = os.path.getsize(path) <= MEMORY_BYTES
     window_bytes = token_file.CHUNK_BYTES if is_small else WINDOW_BYTES
     windows, window_of = _plan(lengths, orders, window_bytes // dtype.itemsize)
     sums = {split: hashlib.sha256() for split in orders}
+    sync = getattr(os, "fdatasync", os.fsync)  # macOS and Windows have only fsync
     with contextlib.ExitStack() as stack:
         bins = {split: stack.enter_context(open(Path(folder) / f"{split}.bin", "wb+")) for split in orders}
         hasher = stack.enter_context(ThreadPoolExecutor(1))
@@ -63,21 +80,26 @@ def gather(path, ends, orders, folder, dtype, progress=lambda n: None):
             documents = orders[window.split][window.first : window.last]
             if is_small:
                 return _pick(whole, ends[documents], lengths[documents])
-            arrival = np.argsort(documents)  # the first pass wrote them as they stand in the token file
+            arrival = np.argsort(documents)  # the first pass kept the order of the token file
             arrived_ends = np.empty(len(documents), np.int64)
             arrived_ends[arrival] = np.cumsum(lengths[documents[arrival]])
             n_tokens, offset = int(lengths[documents].sum()), window.begin * dtype.itemsize
             arrived = np.fromfile(bins[window.split].name, dtype, n_tokens, offset=offset)
             return _pick(arrived, arrived_ends, lengths[documents])
 
+        syncing = None
         for window, tokens in zip(windows, data.prefetch(in_order, windows), strict=True):
             hashed = hasher.submit(sums[window.split].update, tokens)
             bins[window.split].seek(window.begin * dtype.itemsize)
             bins[window.split].write(tokens)
             bins[window.split].flush()
-            hasher.submit(os.fdatasync, bins[window.split].fileno())  # else the disk has all to do at the end
+            if syncing:
+                syncing.result()  # raises what went wrong
+            syncing = hasher.submit(sync, bins[window.split].fileno())  # else all is left for the end
             hashed.result()
             progress(2 * tokens.nbytes)
+        if syncing:
+            syncing.result()
         for file in bins.values():
             file.flush()
             os.fsync(file.fileno())

@@ -1,32 +1,131 @@
-"""Files that are read and written whole."""
+"""Files that are written whole or not at all, whatever happens in the middle, and read with a word about what is wrong.
 
+Everything that replaces a file goes through `write_atomically`: a temporary file beside it, flushed to disk, renamed
+over it, and the folder flushed, so that neither a kill nor a power cut leaves half of one.
+"""
+
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 
+def write_atomically(path, write):
+    """Replace the file at path by what write(file) writes into an open binary file.
+
+    Raises ValueError, with the system's reason and the file as it was before, when that is not possible.
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, (OSError, RuntimeError)):  # torch.save raises a RuntimeError for a full disk
+            raise ValueError(f"cannot write {path}: {reason(error)}; the file before, if any, is intact") from error
+        raise
+
+
+def write_text(path, text):
+    """Write text to a file in UTF-8, whole or not at all. Raises ValueError (`write_atomically`)."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def write_json(path, content):
-    """Write content to a JSON file, whole or not at all, even where the machine stops in the middle."""
-    temporary = Path(f"{path}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write content to a JSON file, whole or not at all. Raises ValueError (`write_atomically`)."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def link(path, name):
+    """Make `name`, beside path, the file that path is now: a hard link, or a copy where links are not known.
+
+    Raises ValueError, with what had the name before intact, when that is not possible.
+    """
+    path = Path(path)
+    target = path.with_name(name)
+    temporary = _temporary(target)
+    try:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copy2(path, temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, target)
+        sync_folder(target.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise ValueError(f"cannot write {target}: {reason(error)}; the file before, if any, is intact") from error
+
+
+def make_folder(path):
+    """Make a folder and those above it. Raises ValueError, with the system's reason, when that is not possible."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {path}: {reason(error)}; choose another") from error
+
+
+def sync_folder(folder):
+    """Flush a folder, so that a rename in it survives a power cut; where folders cannot be opened (Windows) nothing."""
+    with contextlib.suppress(PermissionError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove_temporaries(folder):
+    """Remove what writers that were killed left in a folder, in which no other process writes now."""
+    for path in Path(folder).glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _temporary(path):
+    """Where the content of path is written before it is renamed; no other process writes there."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def read_json(path, kind=dict):
+    """The content of a JSON file, or None where there is no such file.
+
+    Raises ValueError for one that cannot be read, is not JSON, or whose content is not of the type `kind`.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {reason(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({reason(error)}): it is damaged, or another program's") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{path} must hold {TYPES[kind]}, got {type(content).__name__}: it is another program's")
+    return content
+
+
+TYPES = {dict: "a JSON object", list: "a JSON array"}
+
+
+def reason(error):
+    """What an error says, in one line: the system's reason, or the first line of its text."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def sha256_of(path):
     """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_json(path):
-    """The content of a JSON file, or None where there is no such file. Raises ValueError for one that is not JSON."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error

@@ -22,7 +22,7 @@ import numpy as np
 
 import configurator
 from configurator import FilePath
-from corpus import gathering, sources, token_file, tokenizers
+from corpus import gathering, reading, sources, token_file, tokenizers
 from engine.files import sha256_of
 from studies import page
 
@@ -167,7 +167,7 @@ def measure_preparation(cfg):
     pattern = write_text(folder / "text", cfg.megabytes)
     source_bytes = disk_bytes(folder / "text")
     text_bytes = sum(
-        sources.text_bytes(sources.text_file(str(path), path.name), "text") for path in folder.glob("text/*")
+        reading.text_bytes(sources.text_file(str(path), path.name), "text") for path in folder.glob("text/*")
     )
     commands = {
         DATASETS_MAP: [*COMMAND, "--in_process", f"--out_dir={folder}"],
@@ -175,6 +175,7 @@ def measure_preparation(cfg):
             configurator.ROOT / "prepare_owt.py",
             "--source=files",
             f"--files={pattern}",
+            "--val_fraction=0.0005",
             f"--out_dir={work / 'bins'}",
         ],
     }
