@@ -291,6 +291,10 @@ def run(main, argv=None):
         is_ours = isinstance(error, ValueError) and source.is_relative_to(ROOT) and "site-packages" not in source.parts
         text = str(error) if is_ours else f"{_reason(error)} (--debug shows where)"
         _fail(error, text, 2, debug)
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # what torch says on a CPU, where it has no error of its own
+            raise
+        _fail(error, "there is not enough memory: make the model or batch_size smaller (--debug shows where)", 2, debug)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -7,14 +7,14 @@ of processes changes what a run reads.
 """
 
 import hashlib
-import json
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from engine.files import write_json
+from engine.files import read_json, write_json
 
 MANIFEST_VERSION = 1
 SPLITS = ("train", "val")
@@ -30,6 +30,34 @@ class TokenBins:
     val: np.ndarray
     manifest: dict
     fingerprint: str  # names the data: equal fingerprints, equal tokens
+
+
+def check_vocabulary(bins, cfg):
+    """Raise ValueError unless the model of a TrainConfig has an embedding for every token of TokenBins."""
+    needed = bins.manifest["vocab_size"] + (cfg.objective == "mlm")  # one more for the mask token
+    if needed > cfg.vocab_size:
+        raise ValueError(
+            f"{cfg.data_dir}/{cfg.dataset} needs vocab_size={needed} or more for objective={cfg.objective}, and "
+            f"the model has vocab_size={cfg.vocab_size}"
+        )
+
+    for split, tokens in (("train", bins.train), ("val", bins.val)):
+        largest = sample(tokens).max()
+        if largest >= cfg.vocab_size:
+            raise ValueError(f"{cfg.data_dir}/{cfg.dataset}/{split}.bin: {_foreign_token(largest, cfg.vocab_size)}")
+
+
+def sample(tokens):
+    """Some of the tokens of a split, which stand for all: 64 pieces of at most 1,024, spread over it; (n,)."""
+    starts = np.arange(64) * max(0, len(tokens) - 1024) // 63
+    return np.concatenate([tokens[start : start + 1024] for start in starts])
+
+
+def _foreign_token(token, vocab_size):
+    return ValueError(
+        f"there is a token {token}, and vocab_size is {vocab_size}: the bins are damaged, of another tokenizer, or of "
+        "another number format (uint32 in place of uint16)"
+    )
 
 
 def dtype_for(vocab_size):
@@ -48,7 +76,10 @@ def load_bins(data_dir, dataset, say=print):
     if missing:
         raise ValueError(f"no token bins: {' and '.join(missing)} not found; {_how_to_prepare(folder)}")
     manifest = read_manifest(folder)
-    if manifest is None:
+    if manifest is None and (folder / "meta.pkl").exists():
+        manifest = character_manifest(folder / "meta.pkl")
+        say(f"{folder} has nanoGPT's meta.pkl: its tokens are {manifest['vocab_size']} characters")
+    elif manifest is None:
         manifest = GPT2_MANIFEST
         say(f"{folder} has no meta.json: its bins are taken for GPT-2 tokens, as nanoGPT writes them")
     dtype = DTYPES[manifest["dtype"]]
@@ -64,6 +95,11 @@ def load_bins(data_dir, dataset, say=print):
                 else f"{path} has {size:,} bytes, which is not a whole number of {manifest['dtype']} tokens"
             )
         tokens[split] = np.memmap(path, dtype=dtype, mode="r")
+        if "splits" not in manifest:
+            largest = sample(tokens[split]).max()
+            is_uint32 = not tokens[split][1:4096:2].any()  # whose upper halves are zero
+            if largest >= manifest["vocab_size"] or is_uint32:
+                raise ValueError(f"{path}: {_foreign_token(largest, manifest['vocab_size'])}")
     return TokenBins(**tokens, manifest=manifest, fingerprint=_fingerprint(tokens, manifest))
 
 
@@ -85,13 +121,10 @@ def _how_to_prepare(folder):
 def read_manifest(folder):
     """The content of folder/meta.json, or None where there is none. Raises ValueError for one that is not ours."""
     path = Path(folder) / "meta.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    manifest = read_json(path)
+    if manifest is None:
         return None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); prepare the data again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_VERSION:
+    if manifest.get("format") != MANIFEST_VERSION:
         raise ValueError(f"{path} is not a manifest of format {MANIFEST_VERSION}; prepare the data again")
     try:
         counts = [manifest["splits"][split]["tokens"] for split in SPLITS]
@@ -101,6 +134,32 @@ def read_manifest(folder):
         raise ValueError(f"{path} lacks a valid entry: {error}; prepare the data again") from error
     assert complete
     return manifest
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, text and numbers, and executes nothing: a pickle may name any function to call."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+
+
+def character_manifest(path):
+    """The manifest that nanoGPT's meta.pkl of character-level data stands for.
+
+    Its `characters` are a list in the order of their ids. Raises ValueError for another content, executing nothing.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = _PlainUnpickler(file).load()
+        itos = content["itos"]
+        characters = [itos[i] for i in range(content["vocab_size"])]
+        if not all(isinstance(character, str) for character in characters) or len(itos) != len(characters):
+            raise TypeError("itos is not a dict from ids to characters")
+    except Exception as error:  # pickle raises whatever a damaged file leads to
+        raise ValueError(
+            f"{path} is not nanoGPT's meta.pkl of characters ({type(error).__name__}: {error}); prepare the data again"
+        ) from error
+    return {"tokenizer": "characters", "vocab_size": len(characters), "dtype": "uint16", "characters": characters}
 
 
 def write_manifest(folder, **entries):
@@ -134,11 +193,16 @@ def evaluation_offsets(n_tokens, block_size, n_windows=None):
     return np.arange(n) * available // n * block_size
 
 
-def windows(tokens, offsets, block_size):
-    """Inputs and targets of the sequences at offsets: two int64 tensors, (len(offsets), block_size)."""
+def windows(tokens, offsets, block_size, vocab_size=None):
+    """Inputs and targets of the sequences at offsets: two int64 tensors, (len(offsets), block_size).
+
+    Raises ValueError for a token that is not below vocab_size, which a GPU would only meet in the middle of a step.
+    """
     import torch  # here, so that preparing data does not wait for it
 
     sequences = np.stack([tokens[offset : offset + block_size + 1] for offset in offsets]).astype(np.int64)
+    if vocab_size is not None and sequences.max() >= vocab_size:
+        raise _foreign_token(sequences.max(), vocab_size)
     sequences = torch.from_numpy(sequences)
     return sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()
 

@@ -7,6 +7,7 @@ python train.py config/reduced_tied.py --weight_decay=2**-6 --out_dir=out/wd6
 torchrun --nproc_per_node=8 train.py config/reduced_tied.py     the same run on eight GPUs
 """
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -17,14 +18,12 @@ import torch
 
 import configurator
 import data
-from engine import checkpoint, devices, diagnostics, distributed, run_files, runlog
+from engine import checkpoint, devices, diagnostics, distributed, divergence, locks, run_files, runlog
 from engine.attention import prefer_attention
-from engine.files import read_json, write_json
+from engine.files import link, read_json
 from engine.signals import StopSignal
 from model import GPT
 from train_config import TrainConfig
-
-DIAGNOSTIC_WINDOWS = 4
 
 
 def make_optimizer(model, cfg, device_type):
@@ -59,12 +58,7 @@ class Trainer:
         self.compute = devices.resolve(cfg, world)
         self.device, self.batch_size = self.compute.device, self.compute.batch_size
         self.bins = data.load_bins(cfg.data_dir, cfg.dataset, world.say)
-        needed = self.bins.manifest["vocab_size"] + (cfg.objective == "mlm")  # one more for the mask token
-        if needed > cfg.vocab_size:
-            raise ValueError(
-                f"{cfg.data_dir}/{cfg.dataset} needs vocab_size={needed} or more for objective={cfg.objective}, and "
-                f"the model has vocab_size={cfg.vocab_size}"
-            )
+        data.check_vocabulary(self.bins, cfg)
         self.n_sequences = cfg.tokens_per_step // cfg.block_size  # of a step
         self.n_own = cfg.sequences_per_process(world.size)  # of these, in this process
         self.offsets(step=0)  # raises while nothing is written if there are too few tokens
@@ -77,7 +71,7 @@ class Trainer:
         if state is not None:
             checkpoint.load_weights(self.model, state)
         elif cfg.init_from != "scratch":
-            checkpoint.load_weights(self.model, checkpoint.load(cfg.init_from))
+            self.begin_with(checkpoint.load(cfg.init_from))
         self.model.to(self.device)
         if world.rank:
             torch.manual_seed(cfg.seed + 2**32 * world.rank)  # other units drop out than in the first process
@@ -88,7 +82,7 @@ class Trainer:
         self.fast_model = distributed.wrap_model(self.model, self.compute.compile, cfg.shard, world, self.device)
         self.optimizer = make_optimizer(self.model, cfg, self.device.type)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.compute.dtype == torch.float16)
-        self.step, self.best_val_loss = 0, math.inf
+        self.step, self.best_val_loss, self.links = 0, math.inf, []
         self.train_seconds = 0.0  # in optimizer steps, over all segments of the run
         self.started = time.perf_counter()
         self.unchecked = []  # (loss, gradient norm) of the steps since the device was last waited for
@@ -116,19 +110,15 @@ class Trainer:
         self.step += 1
 
     def within_memory(self, work, *arguments):
-        """work(*arguments), which goes by batch_size; with batch_size=0 again in smaller micro-batches, from here on,
-        while the memory is too small. Raises ValueError when there is none smaller to try.
+        """work(*arguments), which goes by batch_size: where memory ends, again in smaller micro-batches, from here on.
+
+        Raises ValueError when none is smaller, or none may be tried (`devices.next_batch_size`).
         """
         while True:
             try:
                 return work(*arguments)
-            except torch.OutOfMemoryError as error:
-                # Several processes would have to shrink together, in the middle of an all-reduce.
-                if self.cfg.batch_size or self.batch_size == 1 or self.world.size > 1:
-                    reason = devices.out_of_memory(self.cfg, self.batch_size, self.world.size)
-                    raise ValueError(reason) from error
-            self.batch_size = devices.smaller_batch_size(self.n_own, self.batch_size // 2)
-            print(f"out of memory: from here on micro-batches of {self.batch_size} sequences")
+            except RuntimeError as error:
+                self.batch_size = devices.next_batch_size(error, self.cfg, self.batch_size, self.world.size)
 
     @torch.no_grad()
     def evaluate(self, offsets):
@@ -147,7 +137,7 @@ class Trainer:
 
     def diagnose(self):
         """What `diagnostics.measure` says of the model on the first few of the windows of an evaluation."""
-        x, y = self.validation_examples(self.some_windows[:DIAGNOSTIC_WINDOWS])
+        x, y = self.validation_examples(self.some_windows[:4])
         return diagnostics.measure(self.model, x.to(self.device), y.to(self.device), self.compute.autocast)
 
     def batches(self):
@@ -168,7 +158,7 @@ class Trainer:
 
     def examples(self, tokens, offsets, data_seed, numbers):
         """Inputs and targets of cfg.objective at offsets, (n, block_size) int64 each; masks follow from the rest."""
-        x, y = data.windows(tokens, offsets, self.cfg.block_size)
+        x, y = data.windows(tokens, offsets, self.cfg.block_size, self.cfg.vocab_size)
         if self.cfg.objective == "mlm":
             x, y = data.mask_tokens(x, self.bins.manifest["vocab_size"], data_seed, numbers)
         return x, y
@@ -191,16 +181,29 @@ class Trainer:
             if "optimizer" not in state:
                 raise ValueError(f"{path} has weights and no optimizer state: start from it with --init_from={path}")
             changed = checkpoint.check_same_run(state, dataclasses.asdict(cfg), path)
-            if changed:
+            if changed and not cfg.eval_only:
                 self.world.say(f"changed since the checkpoint: {'; '.join(changed)}")
             return state
         return None
 
+    def begin_with(self, state):
+        """Take over the weights of another run's checkpoint. Raises ValueError when they cannot be those of cfg."""
+        checkpoint.load_weights(self.model, state)
+        differences = checkpoint.differing(state["model_config"], dataclasses.asdict(self.model.config))
+        if differences and self.cfg.eval_only:
+            raise ValueError(f"{self.cfg.init_from} can only be evaluated as it is: {'; '.join(differences)}")
+        for text in differences:
+            self.world.say(f"{self.cfg.init_from}: {text}")
+
     def restore(self, state):
         """Take over everything but the weights from a checkpoint."""
+        options = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(distributed.shard_optimizer_state(self.optimizer, state["optimizer"]))
+        for group, own in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(own)  # weight decay and betas are cfg's, not the checkpoint's
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.best_val_loss = state["step"], state["best_val_loss"]
+        self.links = state.get("links", [])
         self.train_seconds = state["train_seconds"]
         self.started -= state["wall_seconds"]
         if self.world.rank == 0:  # the checkpoint has the random state of the first process
@@ -209,22 +212,24 @@ class Trainer:
                 torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
         else:
             torch.manual_seed(self.cfg.seed + 2**32 * self.world.rank + self.step)
-        if state["data_fingerprint"] != self.bins.fingerprint:
-            there, here = state["data_fingerprint"], self.bins.fingerprint
+        there, here = state["data_fingerprint"], self.bins.fingerprint
+        if there != here:
             self.world.say(f"warning: the data ({here}) is not the checkpoint's ({there})")
 
-    def save(self, link=None):
-        """Write ckpt.pt, and make `link` in the same folder stand for it, too."""
+    def save(self, is_best=False):
+        """Write ckpt.pt, which best.pt and the checkpoint of a step in save_steps stand for, too, where that is due."""
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        weights, optimizer = map(
-            distributed.gather_full_state_dict, (self.model.state_dict(), self.optimizer.state_dict())
-        )
+        weights = distributed.gather_full_state_dict(self.model.state_dict())
+        optimizer = distributed.gather_full_state_dict(self.optimizer.state_dict())
         if self.world.rank:
             return
+        self.links = [run_files.BEST] if is_best else []
+        self.links += [f"step_{self.step:06d}.pt"] if self.step in self.cfg.save_steps else []
         checkpoint.save(
             self.folder / run_files.CHECKPOINT,
+            links=self.links,
             model=weights,
             model_config=dataclasses.asdict(self.model.config),
             optimizer=optimizer,
@@ -237,8 +242,12 @@ class Trainer:
             train_seconds=self.train_seconds,
             wall_seconds=time.perf_counter() - self.started,
         )
-        if link:
-            checkpoint.link(self.folder / run_files.CHECKPOINT, link)
+        self.make_links()
+
+    def make_links(self):
+        """Have the names in `links` stand for ckpt.pt, too; again on resume, should a kill have come between."""
+        for name in self.links if self.world.rank == 0 else ():
+            link(self.folder / run_files.CHECKPOINT, name)
 
     def start_clock(self):
         """Time the steps from here to the next check."""
@@ -257,19 +266,12 @@ class Trainer:
             # With float16 the scaler skips a step whose gradient overflows, and goes on with a smaller scale.
             if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
                 continue
-            dump = {
-                "step": step + 1,
-                "loss": str(loss),
-                "grad_norm": str(norm),
-                "learning_rate": self.cfg.learning_rate_at(step),
-                "before": [{"loss": str(a), "grad_norm": str(b)} for a, b in values[: step - self.step]],
-                "offsets": self.offsets(step).tolist(),
-            }
             if self.world.rank == 0:
-                write_json(self.folder / run_files.NONFINITE, dump)
+                before = values[: step - self.step + 1]
+                divergence.dump(self.folder, step, before, self.cfg.learning_rate_at(step), self.offsets(step))
             raise FloatingPointError(
                 f"step {step + 1}: loss {loss}, gradient norm {norm} (its batch: {self.folder / run_files.NONFINITE}); "
-                "the checkpoint before it is intact: resume from it with a smaller learning_rate"
+                "the checkpoint before it is intact: continue it with --resume and a smaller learning_rate"
             )
         return {
             "loss": values[-1][0],
@@ -285,61 +287,66 @@ def train(cfg):
     Raises ValueError before anything is written when cfg, the data and the run folder do not agree, and
     FloatingPointError when a loss or a gradient is not finite.
     """
-    run = Trainer(cfg, distributed.start())
-    if cfg.eval_only:
-        with prefer_attention(run.device):
-            result = mean_and_error(run.within_memory(run.evaluate, run.all_windows))
-        run.world.say(runlog.summary_text(result))
-        return result
-    finished = read_json(run.folder / run_files.SUMMARY)
-    if finished and run.step == cfg.max_iters:
-        run.world.say(f"{run.folder} is finished: it has its {run.step} steps")
-        return finished
+    world = distributed.start()
+    writes = world.rank == 0 and not cfg.eval_only
+    with locks.only_writer(cfg.out_dir) if writes else contextlib.nullcontext():
+        run = Trainer(cfg, world)
+        if cfg.eval_only:
+            with prefer_attention(run.device):
+                result = mean_and_error(run.within_memory(run.evaluate, run.all_windows))
+            world.say(runlog.summary_text(result))
+            return result
+        finished = read_json(run.folder / run_files.SUMMARY)
+        if finished and run.step == cfg.max_iters:
+            world.say(f"{run.folder} is finished: it has its {run.step} steps")
+            return finished
+        world.barrier()  # all have seen the folder as it was, before the first writes into it
+        start_log = runlog.Silence if world.rank else runlog.RunLog
+        watch = divergence.Watch(run.folder, cfg.vocab_size)
+        with (
+            run_files.no_trace_of_a_failed_start(run.folder) if world.rank == 0 else contextlib.nullcontext(),
+            start_log(cfg.out_dir, dataclasses.asdict(cfg), runlog.facts(run), run.step) as log,
+            prefer_attention(run.device),
+            StopSignal() as stop,
+        ):
+            log.say(runlog.header(run))
+            run.make_links()
 
-    run.world.barrier()  # all have seen the folder as it was, before the first writes into it
-    start_log = runlog.Silence if run.world.rank else runlog.RunLog
-    with (
-        start_log(cfg.out_dir, dataclasses.asdict(cfg), runlog.facts(run), run.step) as log,
-        prefer_attention(run.device),
-        StopSignal() as stop,
-    ):
-        log.say(runlog.header(run))
+            def evaluate_and_save(windows):
+                losses = run.within_memory(run.evaluate, windows)
+                record = mean_and_error(losses[np.isin(windows, run.some_windows)])  # the same windows at every step
+                log.eval(run.step, **record)
+                if cfg.diagnostics:
+                    log.diagnostics(run.step, **run.diagnose())
+                is_best = record["val_loss"] < run.best_val_loss
+                run.best_val_loss = min(run.best_val_loss, record["val_loss"])
+                run.save(is_best)
+                return losses
 
-        def evaluate_and_save(windows):
-            losses = run.within_memory(run.evaluate, windows)
-            record = mean_and_error(losses[np.isin(windows, run.some_windows)])  # the same windows at every step
-            log.eval(run.step, **record)
-            if cfg.diagnostics:
-                log.diagnostics(run.step, **run.diagnose())
-            is_best = record["val_loss"] < run.best_val_loss
-            run.best_val_loss = min(run.best_val_loss, record["val_loss"])
-            run.save(link=run_files.BEST if is_best else None)
-            return losses
-
-        if run.step % cfg.eval_interval == 0 and run.step < cfg.max_iters:
-            evaluate_and_save(run.some_windows)
-        run.start_clock()
-        for x, y in run.batches():
-            run.within_memory(run.update, x, y)
-            log_due, eval_due = run.step % cfg.log_interval == 0, run.step % cfg.eval_interval == 0
-            keep, last = run.step in cfg.save_steps, run.step == cfg.max_iters
-            stopping = run.world.any(stop.requested)  # a signal may reach the processes at different steps
-            if not (log_due or eval_due or keep or stopping or last):
-                continue
-            record = run.check()
-            if log_due:
-                log.train(run.step, **record)
-            if eval_due and not (stopping or last):
+            if run.step % cfg.eval_interval == 0 and run.step < cfg.max_iters:
                 evaluate_and_save(run.some_windows)
-            if keep or stopping or last:
-                run.save(link=f"step_{run.step:06d}.pt" if keep else None)
-            if stopping:
-                python = f"torchrun --nproc_per_node={run.world.size}" if run.world.size > 1 else "python"
-                log.say(f"stopped; go on with: {python} train.py --out_dir={cfg.out_dir} --resume")
-                return None
             run.start_clock()
-        losses = evaluate_and_save(run.all_windows)
-        return log.finish(runlog.summary(run, mean_and_error(losses)))
+            for x, y in run.batches():
+                run.within_memory(run.update, x, y)
+                log_due, eval_due = run.step % cfg.log_interval == 0, run.step % cfg.eval_interval == 0
+                last = run.step == cfg.max_iters
+                stopping = world.any(stop.requested)  # a signal may reach the processes at different steps
+                if not (log_due or eval_due or stopping or last or run.step in cfg.save_steps):
+                    continue
+                record = run.check()
+                if log_due:
+                    log.train(run.step, **record)
+                    log.warn(watch.warning(record["loss"]) if world.rank == 0 else None)
+                if eval_due and not (stopping or last):
+                    evaluate_and_save(run.some_windows)
+                elif stopping or last or run.step in cfg.save_steps:
+                    run.save()
+                if stopping:
+                    log.say(f"stopped; continue with: {runlog.resume_command(cfg, world)}")
+                    return None
+                run.start_clock()
+            losses = evaluate_and_save(run.all_windows)
+            return log.finish(runlog.summary(run, mean_and_error(losses)))
 
 
 def main(argv):
@@ -349,10 +356,17 @@ def main(argv):
     if names:
         values.setdefault("out_dir", "out/" + "-".join(names))
     out_dir = values.get("out_dir", TrainConfig.out_dir)
+    origin = values.get("init_from", "scratch")
     if values.get("resume") or values.get("eval_only"):
         # What the run was started with need not be repeated.
         stored = read_json(Path(out_dir) / run_files.CONFIG)
         values = configurator.read(TrainConfig, argv, base=stored)
+    if origin != "scratch" and not values.get(
+        "resume"
+    ):  # a model is that of its weights, unless other options are given
+        values = checkpoint.model_options(origin) | values
+    if values.get("eval_only"):
+        values["init_from"] = origin  # not what the run began with: its own weights now
     result = train(TrainConfig(**{**values, "out_dir": out_dir}))
     distributed.shutdown()
     return 0 if result else 130  # as a shell says of a command that Ctrl-C ended, so that what depends on it stops, too

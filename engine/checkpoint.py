@@ -130,3 +130,8 @@ def _from_nanogpt(state):
         "model_config": {**state["model_args"], "tie_weights": tied},
         "step": state.get("iter_num", 0),
     }
+
+
+def model_options(path):
+    """The model options of a checkpoint file. Raises ValueError (`load`)."""
+    return load(path)["model_config"]

@@ -156,7 +156,8 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
         # What is likelier already reaches top_p; the first token always stays.
         values = values.masked_fill(p.cumsum(dim=-1) - p >= top_p, -torch.inf)
     # torch.multinomial would wait for the device, and takes longer over a large vocabulary.
-    cumulative = values.double().softmax(dim=-1).cumsum(dim=-1)
-    drawn = torch.rand(len(values), 1, dtype=torch.double, device=values.device, generator=generator)
+    dtype = torch.float32 if values.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+    cumulative = values.to(dtype).softmax(dim=-1).cumsum(dim=-1)
+    drawn = torch.rand(len(values), 1, dtype=dtype, device=values.device, generator=generator)
     place = torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True).clamp(max=values.size(-1) - 1)
     return (place if tokens is None else tokens.gather(1, place))[:, 0]

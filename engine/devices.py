@@ -1,15 +1,25 @@
 """What a run computes with: the one place where its `auto` options are resolved, and what it says of the device."""
 
 import functools
+import os
 import platform
-import resource
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+from engine.flops import cost
 from engine.linear_cross_entropy import linear_cross_entropy
+
+DEVICE_TYPES = ("cpu", "cuda", "mps")
+NO_MEMORY = "can't allocate memory"  # as torch says on a CPU
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,7 @@ class Compute:
 def resolve(cfg, world):
     """The Compute of a TrainConfig for one process of a World. Raises ValueError for what cannot be had here."""
     device = choose_device(cfg.device, world.local_rank)
+    check_memory(cfg, device, world.size if cfg.shard == "full" else 1)
     dtype = choose_dtype(cfg.dtype, device, cfg)
     compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
     n_sequences = cfg.sequences_per_process(world.size)
@@ -52,14 +63,17 @@ def choose_device(name, local_rank=None):
     """
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError as error:
-        raise ValueError(f"device={name} is not a device: write cpu, cuda or cuda:1") from error
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in DEVICE_TYPES:
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:1, … or mps, got {name!r}")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device=mps, but torch sees no Apple GPU here; try --device=cpu")
     if device.type == "cuda" and device.index is None and local_rank is not None:
         device = torch.device("cuda", local_rank)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device={name}, but torch sees {torch.cuda.device_count()} CUDA devices here; try --device=cpu"
-        )
+        count = torch.cuda.device_count()
+        raise ValueError(f"device={name}, but torch sees {count or 'no'} CUDA devices here; try --device=cpu")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # FSDP2 takes the current device
     return device
@@ -109,17 +123,49 @@ def smaller_batch_size(n_sequences, limit):
     return max(size for size in range(1, max(1, min(limit, n_sequences)) + 1) if n_sequences % size == 0)
 
 
-def out_of_memory(cfg, batch_size, n_processes):
-    """What to say where a micro-batch of batch_size sequences does not fit into the device's memory."""
+def check_memory(cfg, device, n_shards):
+    """Raise ValueError for a TrainConfig whose weights, gradients and AdamW averages alone exceed the memory."""
+    needed = 16 * cost(cfg.model_config()).total // n_shards
+    available = memory_bytes(device)
+    if available and needed > available:
+        sizes = f"n_layer={cfg.n_layer}, n_embd={cfg.n_embd} and vocab_size={cfg.vocab_size}"
+        raise ValueError(
+            f"{sizes} need {needed / 1e9:,.1f} GB for weights, gradients and AdamW, more than the "
+            f"{available / 1e9:,.1f} GB of {describe_device(device)}: make the model smaller"
+        )
+
+
+def memory_bytes(device):
+    """The memory of a GPU, or of the machine; None where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None
+
+
+def next_batch_size(error, cfg, batch_size, n_processes):
+    """The micro-batch to try after a RuntimeError for want of memory with one of batch_size sequences: about the half.
+
+    Raises the error itself if it says something else, and ValueError where cfg fixes the micro-batch or none is less.
+    """
+    if not isinstance(error, torch.OutOfMemoryError) and NO_MEMORY not in str(error):
+        raise error
+    # Several processes would have to shrink together, in the middle of an all-reduce.
+    if cfg.batch_size == 0 and batch_size > 1 and n_processes == 1:
+        smaller = smaller_batch_size(cfg.sequences_per_process(1), batch_size // 2)
+        print(f"out of memory: from here on micro-batches of {smaller} sequences")
+        return smaller
     ways = ["recompute=True"]
     if cfg.batch_size > 1 and n_processes == 1:
         ways.insert(0, "batch_size=0, which finds one that fits")
     if batch_size > 1:
         ways.insert(0, "a smaller batch_size")
-    return (
+    raise ValueError(
         f"a micro-batch of {batch_size} × {cfg.block_size} tokens does not fit into the device's memory: set "
         f"{', or '.join(ways)}"
-    )
+    ) from error
 
 
 def checkpoint_activations(model):
@@ -171,8 +217,16 @@ def reset_peak_memory(device):
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def available_cpus():
+    """How many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def peak_memory_bytes(device):
     """The most memory that this process has used: the GPU's since `reset_peak_memory`, or resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if resource is None:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

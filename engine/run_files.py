@@ -1,15 +1,20 @@
 """The files of a run folder: their names, what they say of the run, and what names a run."""
 
+import contextlib
 import hashlib
 import json
+import os
 from pathlib import Path
 
+from engine import files
 from train_config import NO_PART_OF_RESULT
 
 CONFIG = "config.json"  # the resolved configuration
 FACTS = "run.json"  # what else a run is: parameters, data, commit, versions, device, segments
 METRICS = "metrics.jsonl"  # one JSON object per line
+DAMAGED_METRICS = "metrics.damaged"  # lines of it that were no records
 CHECKPOINT, BEST = "ckpt.pt", "best.pt"  # the latest, and that with the best validation loss
+LAST_GOOD = "last_good.pt"  # the checkpoint from before a run diverged
 SUMMARY = "summary.json"  # marks a run as finished
 NONFINITE = "nonfinite.json"  # the step at which a run diverged
 RUN_FILES = (CONFIG, FACTS, METRICS, CHECKPOINT, SUMMARY)
@@ -22,15 +27,90 @@ def holds_run(folder):
 
 
 def read_metrics(folder):
-    """The records of a run folder's metrics.jsonl, in order; a last line that a kill cut short is left out."""
-    path = Path(folder) / METRICS
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    """The records of a run folder's metrics.jsonl, in order, without lines that are damaged."""
+    return _split_metrics(Path(folder) / METRICS)[0]
+
+
+def _split_metrics(path):
+    """The records of a metrics.jsonl, and its damaged lines, bytes each; a last line that was cut short is neither."""
+    records, damaged = [], []
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for line in lines:
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+            record = json.loads(line)
+            is_right = isinstance(record["step"], int) and isinstance(record["kind"], str)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            is_right = False
+        if is_right:
+            records.append(record)
+        elif line.endswith(b"\n"):
+            damaged.append(line)
+    return records, damaged
+
+
+class MetricsFile:
+    """metrics.jsonl as a run writes it: what comes after start_step is cut off first.
+
+    An evaluation at start_step is repeated by the resumed run, so its record goes, too. Damaged lines are set aside in
+    metrics.damaged. Raises ValueError when the file cannot be written.
+    """
+
+    def __init__(self, folder, start_step):
+        self.path = Path(folder) / METRICS
+        records, damaged = _split_metrics(self.path)
+        if damaged:
+            aside = self.path.with_name(DAMAGED_METRICS)
+            before = aside.read_bytes() if aside.exists() else b""
+            files.write_atomically(aside, lambda file: file.write(before + b"".join(damaged)))
+            print(f"warning: {self.path} had damaged lines, which are in {aside} now: {len(damaged)}")
+        kept = [r for r in records if r["step"] < start_step or (r["step"] == start_step and r["kind"] == "train")]
+        files.write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (for as long as the run)
+
+    def append(self, record):
+        """Write a record and flush it to disk. Raises ValueError, with no part of it in the file, where that fails."""
+        size = os.fstat(self._file.fileno()).st_size
+        left = (json.dumps(record) + "\n").encode()
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+            os.fsync(self._file.fileno())  # a checkpoint must never be on the disk before the metrics up to its step
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), size)
+            raise ValueError(
+                f"cannot write {self.path}: {files.reason(error)}; the run stops, and --resume continues it from its "
+                "last checkpoint"
+            ) from error
+
+    def close(self):
+        """Close the file."""
+        self._file.close()
+
+
+@contextlib.contextmanager
+def no_trace_of_a_failed_start(folder):
+    """A context that removes a new run which ends in an error before its first train record, unless it diverged."""
+    is_new = not holds_run(folder)
+    try:
+        yield
+    except FloatingPointError:
+        raise
+    except BaseException:
+        if is_new and all(record["kind"] != "train" for record in read_metrics(folder)):
+            remove_run(folder)
+        raise
+
+
+def remove_run(folder):
+    """Remove the files of a run, and the folder if it holds nothing else."""
+    folder = Path(folder)
+    names = [*RUN_FILES, BEST, LAST_GOOD, NONFINITE, *(path.name for path in folder.glob("step_*.pt"))]
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    files.remove_temporaries(folder)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def identity(config):

@@ -7,9 +7,9 @@ and the others are about the weights after it.
 
 import datetime
 import json
-import os
 import platform
 import secrets
+import shlex
 import statistics
 import subprocess
 import sys
@@ -20,7 +20,9 @@ from pathlib import Path
 
 import configurator
 from engine import devices, run_files
-from engine.files import read_json, write_json
+from engine.files import make_folder, read_json, remove_temporaries, write_json
+from engine.locks import now
+from engine.wandb_mirror import Mirror
 from model import GPTConfig
 
 
@@ -29,48 +31,33 @@ class RunLog:
 
     folder: where it writes. config: the resolved configuration, a dict of plain values. facts: more for run.json.
     start_step: 0, or the step of the checkpoint from which the run goes on; later metrics are cut off.
-    Raises ValueError when the folder cannot be made, or when W&B is asked for (wandb_log) and cannot start.
+    Raises ValueError when something cannot be written, or when wandb_log is set and the package is missing.
     """
 
     def __init__(self, folder, config, facts, start_step=0):
         from tqdm import tqdm
 
         self.folder = Path(folder)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(
-                f"cannot make the run folder {folder}: {error.strerror}; choose another out_dir"
-            ) from error
+        make_folder(self.folder)
+        remove_temporaries(self.folder)
         run = read_json(self.folder / run_files.FACTS) or {"segments": []}
         was, dtype = run.get("dtype"), facts.get("dtype")
         if was not in (None, dtype):  # dtype=auto, on another machine or with another version
             print(f"warning: the run was in {was} and goes on in {dtype}; --dtype={was} keeps it as it was")
         run |= {"git_commit": git_commit(), "versions": versions(), **facts}
-        run["segments"].append({"start": now(), "step": start_step, "dtype": dtype})
-        self._wandb = _start_wandb(self.folder, config, run) if config["wandb_log"] else None
+        changed = _changed_options(read_json(self.folder / run_files.CONFIG) or {}, config)
+        run["segments"].append({"start": now(), "step": start_step, "dtype": dtype, "changed": changed})
+        group = run.setdefault("wandb_id", secrets.token_hex(4)) if config["wandb_log"] else None
+        self._mirror = Mirror(self.folder, config, group) if config["wandb_log"] else None
         for name in (run_files.SUMMARY, run_files.NONFINITE):  # a run that goes on is not finished, nor has it diverged
             (self.folder / name).unlink(missing_ok=True)
         write_json(self.folder / run_files.CONFIG, config)
         write_json(self.folder / run_files.FACTS, run)
-        self._metrics = self._open_metrics(start_step)
+        self._metrics = run_files.MetricsFile(self.folder, start_step)
         self._max_steps, self._tokens_per_step = config["max_iters"], config["tokens_per_step"]
         self._bar = tqdm(
             total=self._max_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
         )
-
-    def _open_metrics(self, start_step):
-        # An evaluation at start_step is repeated by the resumed run, so its record goes, too.
-        kept = [
-            record
-            for record in run_files.read_metrics(self.folder)
-            if record["step"] < start_step or (record["step"] == start_step and record["kind"] == "train")
-        ]
-        path = self.folder / run_files.METRICS
-        temporary = self.folder / "metrics.jsonl.tmp"
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(temporary, path)
-        return open(path, "a", encoding="utf-8")
 
     def train(self, step, **values):
         """Record one optimizer step: loss (nats per token), learning_rate, grad_norm, tokens_per_second."""
@@ -98,6 +85,11 @@ class RunLog:
         """Record what `diagnostics.measure` says of the weights after step: lists with a number per layer."""
         self._record(step, "diagnostics", values)
 
+    def warn(self, line):
+        """`say` a warning, unless it is None."""
+        if line:
+            self.say(line)
+
     def say(self, line):
         """Print a line without breaking the progress bar."""
         if self._bar.disable:
@@ -110,8 +102,8 @@ class RunLog:
         write_json(self.folder / run_files.SUMMARY, values)
         self._bar.close()
         print(summary_text(values))
-        if self._wandb:
-            self._wandb.summary.update(values)
+        if self._mirror:
+            self._mirror.summarise(values)
         return values
 
     def __enter__(self):
@@ -120,15 +112,13 @@ class RunLog:
     def __exit__(self, *_):
         self._bar.close()
         self._metrics.close()
-        if self._wandb:
-            self._wandb.finish()
+        if self._mirror:
+            self._mirror.finish()
 
     def _record(self, step, kind, values):
-        self._metrics.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())  # a checkpoint must never be on the disk before the metrics up to its step
-        if self._wandb:
-            self._wandb.log({"step": step, **_flat(kind, values)})
+        self._metrics.append({"step": step, "kind": kind, **values})
+        if self._mirror:
+            self._mirror.log(step, kind, values)
 
 
 class Silence:
@@ -140,7 +130,7 @@ class Silence:
     def train(self, *_, **__):
         """Nothing, like the rest."""
 
-    eval = diagnostics = say = train
+    eval = diagnostics = say = warn = train
 
     def finish(self, values):
         """Returns values."""
@@ -157,7 +147,8 @@ def facts(run):
     """What run.json says of a run (a train.Trainer) beside its configuration."""
     return {
         "parameters": run.model.num_params()._asdict(),
-        "data": {"fingerprint": run.bins.fingerprint, "tokenizer": run.bins.manifest["tokenizer"]},
+        "data": {"fingerprint": run.bins.fingerprint}
+        | {name: run.bins.manifest[name] for name in ("tokenizer", "characters") if name in run.bins.manifest},
         "device": devices.describe_device(run.device),
         "processes": run.world.size,
         "dtype": devices.dtype_name(run.compute.dtype),
@@ -212,6 +203,12 @@ def summary(run, validation):
     }
 
 
+def resume_command(cfg, world):
+    """The command that goes on with a run, to be pasted into a shell."""
+    python = ["torchrun", f"--nproc_per_node={world.size}"] if world.size > 1 else ["python"]
+    return shlex.join([*python, "train.py", f"--out_dir={cfg.out_dir}", "--resume"])
+
+
 def summary_text(values):
     """A summary as `key: value` lines, one for each entry."""
     return "\n".join(["---", *(f"{name}: {value}" for name, value in values.items())])
@@ -220,17 +217,9 @@ def summary_text(values):
 def git_commit():
     """The commit that runs, with '+changes' when files differ from it; None outside a git checkout."""
     try:
-        command = [
-            "git",
-            "-C",
-            str(configurator.ROOT),
-            "describe",
-            "--always",
-            "--abbrev=40",
-            "--exclude=*",
-            "--dirty=+changes",
-        ]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        command = "git describe --always --abbrev=40 --exclude=* --dirty=+changes".split()
+        done = subprocess.run(command, cwd=configurator.ROOT, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -242,45 +231,8 @@ def versions():
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": metadata.version("numpy")}
 
 
-def now():
-    """The time in UTC, to the second, as ISO 8601."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _flat(kind, values):
-    """'kind/name' -> number for W&B; a list with a number per layer becomes 'kind/name/0', 'kind/name/1', …"""
-    flat = {}
-    for name, value in values.items():
-        numbers = {f"{name}/{i}": item for i, item in enumerate(value)} if isinstance(value, list) else {name: value}
-        flat |= {f"{kind}/{key}": number for key, number in numbers.items() if number is not None}
-    return flat
-
-
-def _start_wandb(folder, config, run):
-    """Start or go on with a W&B run; keeps its id in `run`. Raises ValueError when it cannot."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError("wandb_log needs the package wandb: `pip install wandb`, or leave wandb_log out") from error
-    # Offline runs cannot be resumed: each segment is a run of its own, in the same group.
-    offline = os.environ.get("WANDB_MODE") == "offline"
-    group = run.setdefault("wandb_id", secrets.token_hex(4))
-    try:
-        mirror = wandb.init(
-            project=config["wandb_project"],
-            name=config["wandb_run_name"] or folder.name,
-            config=config,
-            dir=folder,
-            group=group,
-            id=secrets.token_hex(4) if offline else group,
-            resume=None if offline else "allow",
-        )
-    except wandb.errors.Error as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"W&B does not start ({reason}): log in, set WANDB_MODE=offline, or leave wandb_log out"
-        ) from error
-    # W&B drops what is logged at a step below the last one; as a field, ours may go back after a resume.
-    mirror.define_metric("step")
-    mirror.define_metric("*", step_metric="step")
-    return mirror
+def _changed_options(before, after):
+    """name -> [before, after] of the options that a resumed run changes."""
+    after = json.loads(json.dumps(after))  # tuples are lists in config.json
+    names = [name for name in after if name in before and name not in ("resume", "eval_only", "out_dir")]
+    return {name: [before[name], after[name]] for name in names if before[name] != after[name]}

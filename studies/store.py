@@ -4,19 +4,15 @@
     out/study_lr-quick/reduced,learning_rate=0.003/seed1/    a run folder of train.py, and its output in log.txt
     out/study_lr-quick/reduced,learning_rate=0.003/seed1.lock
 
-A lock is an flock on its file. The system releases it when the last process that holds it ends, for whatever reason, so
-one machine has no stale locks. Several machines need a network file system that supports flock (NFS from version 4,
-Lustre with the mount option flock); where that is in doubt, let them work on different runs, as a job array does.
+Locks are those of engine/locks.py; where a network file system may not support them, let machines work on different
+runs, as a job array does.
 """
 
-import fcntl
-import json
 import os
 import shlex
-import socket
 from pathlib import Path
 
-from engine import run_files
+from engine import locks, run_files
 from engine.files import read_json, write_json
 
 FORMAT = 1
@@ -49,7 +45,7 @@ def write_study(folder, content):
     Raises ValueError when the folder holds a different study: one with which it has no arm and point in common.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    lock = acquire(Path(folder) / "study.lock", wait=True)
+    lock = locks.acquire(Path(folder) / "study.lock", wait=True)
     try:
         earlier = read_json(Path(folder) / STUDY) or content
         if not {entry["name"] for entry in earlier["arms"]} & {entry["name"] for entry in content["arms"]}:
@@ -71,62 +67,6 @@ def run_folder(folder, name, seed):
     return Path(folder) / name / f"seed{seed}"
 
 
-def lock_path(run):
-    """The lock file of a run folder, beside it."""
-    return Path(f"{run}.lock")
-
-
-def acquire(path, wait=False):
-    """Lock the file at path: its descriptor, or None if another process holds the lock. wait: wait for that process.
-
-    A child process that inherits the descriptor holds the lock, too; closing it releases the lock. Raises ValueError on
-    a file system without locks.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    if _lock(descriptor, path, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)):
-        return descriptor
-    os.close(descriptor)
-    return None
-
-
-def is_locked(path):
-    """Whether some process holds the lock file at path."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        return not _lock(descriptor, path, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor, path, operation):
-    try:
-        fcntl.flock(descriptor, operation)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        raise ValueError(
-            f"cannot lock {path} ({error.strerror}): choose an --out_dir=… on a file system that supports flock"
-        ) from error
-    return True
-
-
-def write_note(descriptor, **values):
-    """Replace the content of a lock file by a note: which process works on the run (pid), or how it ended."""
-    os.truncate(descriptor, 0)
-    os.pwrite(descriptor, (json.dumps({"host": socket.gethostname(), **values}) + "\n").encode(), 0)
-
-
-def read_note(path):
-    """The note in a lock file, a dict; empty where there is none, or only a part of one."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
-
-
 def has_failed(note):
     """Whether a lock file's note says that its run exited with an error, rather than being stopped."""
     return note.get("exit_status", 0) not in (0, *STOPPED)
@@ -136,10 +76,10 @@ def state(run):
     """The state of the run in a run folder: one of STATES, from its files and its lock."""
     if run_files.is_finished(run):
         return "finished"
-    if is_locked(lock_path(run)):
+    if locks.is_locked(locks.lock_path(run)):
         return "running"
     if run_files.has_diverged(run):
         return "diverged"
-    if has_failed(read_note(lock_path(run))):
+    if has_failed(locks.read_note(locks.lock_path(run))):
         return "failed"
     return "stopped" if run_files.holds_run(run) else "not started"

@@ -119,7 +119,8 @@ def read_file(path):
 
     arms = study.arms
     require(is_dict(arms, str), "arms", "a dict such as {'baseline': 'config/baseline_tied.py'}")
-    require(all(re.fullmatch(r"[\w.+-]+", str(arm)) for arm in arms), "arms", "named by letters, digits and . + - _")
+    names_are_right = all(re.fullmatch(r"\.*[\w+-][\w.+-]*", str(arm)) for arm in arms)
+    require(names_are_right, "arms", "named by letters, digits and . + - _")
     if isinstance(study.control, str):
         study.control = dict.fromkeys(arms, study.control)
     require(is_dict(study.control, str), "control", "an arm, or a dict: arm -> its control")

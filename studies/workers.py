@@ -10,7 +10,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from engine import run_files, runlog, signals
+from engine import devices, locks, run_files, signals
 from studies import store
 from studies.plan import PlannedRun
 
@@ -39,7 +39,7 @@ class Execution:
         self.workers = []
         self.failed = {}  # run -> why
         # A run that had failed before is tried again; one that fails meanwhile in another execution is not.
-        self.old_notes = {run: store.read_note(store.lock_path(run.folder)) for run in runs}
+        self.old_notes = {run: locks.read_note(locks.lock_path(run.folder)) for run in runs}
         self.flops = {run: run.flops for run in runs}
         self.started, self.flops_at_start = time.monotonic(), self.flops_done()
         self.shown, self.shown_at = None, 0.0
@@ -74,11 +74,11 @@ class Execution:
                 self.todo.remove(run)
             elif len(self.workers) < self.jobs:
                 run.folder.mkdir(parents=True, exist_ok=True)
-                lock = store.acquire(store.lock_path(run.folder))
+                lock = locks.acquire(locks.lock_path(run.folder))
                 if lock is None:
                     continue
                 self.todo.remove(run)
-                note = store.read_note(store.lock_path(run.folder))
+                note = locks.read_note(locks.lock_path(run.folder))
                 if run_files.has_ended(run.folder):  # by another execution, since we looked
                     os.close(lock)
                 elif store.has_failed(note) and note != self.old_notes[run]:
@@ -95,11 +95,11 @@ class Execution:
     def spawn(self, run, lock):
         """Start a run's process. It inherits the lock, and so keeps it if this process is killed."""
         slot = min(set(range(self.jobs)) - {worker.slot for worker in self.workers})
-        environment = dict(os.environ)
+        environment = {**os.environ, locks.INHERITED: str(lock)}
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         if self.jobs > 1:
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.jobs)))
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, devices.available_cpus() // self.jobs)))
         with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
             log.write(f"$ {shlex.join(run.command)}\n")
             log.flush()
@@ -112,7 +112,7 @@ class Execution:
                 pass_fds=(lock,),
                 process_group=0,  # Ctrl-C reaches this process alone, which then stops its runs
             )
-        store.write_note(lock, pid=process.pid, started=runlog.now())
+        locks.write_note(lock, pid=process.pid, started=locks.now())
         return Worker(run, lock, slot, process)
 
     def reap(self, stopping):
@@ -122,7 +122,7 @@ class Execution:
             if status is None:
                 continue
             self.workers.remove(worker)
-            store.write_note(worker.lock, pid=worker.process.pid, exit_status=status, ended=runlog.now())
+            locks.write_note(worker.lock, pid=worker.process.pid, exit_status=status, ended=locks.now())
             os.close(worker.lock)
             if run_files.has_ended(worker.run.folder):
                 continue
@@ -147,7 +147,7 @@ class Execution:
         now, in_terminal = time.monotonic(), sys.stdout.isatty()
         if now < self.shown_at + 1 and not last:
             return
-        elsewhere = sum(store.is_locked(store.lock_path(run.folder)) for run in self.todo)
+        elsewhere = sum(locks.is_locked(locks.lock_path(run.folder)) for run in self.todo)
         counts = {
             "running": len(self.workers),
             "running in other sweeps": elsewhere,

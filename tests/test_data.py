@@ -1,5 +1,7 @@
 import itertools
 import json
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,3 +140,68 @@ def test_the_byte_tokenizer_is_utf_8(text):
     assert tokens == list(text.encode())
     assert tokenizer.decode(tokens) == text
     assert (tokenizer.eot_token, tokenizer.n_vocab) == (256, 257)
+
+
+# nanoGPT's folders
+
+
+def write_characters(folder, text, **changes):
+    """Bins and meta.pkl as nanoGPT's character-level recipe writes them."""
+    characters = sorted(set(text))
+    ids = np.array([characters.index(character) for character in text], np.uint16)
+    folder.mkdir(parents=True)
+    ids[:-400].tofile(folder / "train.bin")
+    ids[-400:].tofile(folder / "val.bin")
+    meta = {"vocab_size": len(characters), "itos": dict(enumerate(characters))}
+    meta["stoi"] = {character: i for i, character in enumerate(characters)}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta | changes))
+    return characters
+
+
+def test_character_level_data_is_understood(tmp_path, capsys):
+    characters = write_characters(tmp_path / "chars", "to be, or not to be: é\n" * 100)
+    bins = data.load_bins(tmp_path, "chars")
+    assert bins.manifest["characters"] == characters
+    assert (bins.manifest["tokenizer"], bins.manifest["vocab_size"]) == ("characters", len(characters))
+    assert "characters" in capsys.readouterr().out
+
+
+class Evil:
+    """Pickled, it asks for a call."""
+
+    def __reduce__(self):
+        return (open, ("unpickled", "w"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(itos=Evil()), dict(itos={0: 1}), dict(vocab_size="x"), dict(vocab_size=3), dict(itos=None)],
+    ids=["a call", "numbers", "size", "fewer", "none"],
+)
+def test_another_meta_pkl_is_refused_and_executes_nothing(tmp_path, monkeypatch, changes):
+    monkeypatch.chdir(tmp_path)
+    write_characters(tmp_path / "chars", "to be, or not to be\n" * 100, **changes)
+    with pytest.raises(ValueError, match=r"meta\.pkl is not nanoGPT's meta\.pkl of characters"):
+        data.load_bins(tmp_path, "chars")
+    assert not Path("unpickled").exists()
+
+
+@pytest.mark.parametrize(
+    "ids", [np.full(5000, 60_000, np.uint16), np.arange(5000, dtype=np.uint32)], ids=["beyond GPT-2", "uint32"]
+)
+def test_bare_bins_that_cannot_be_gpt2_tokens_are_refused(tmp_path, ids):
+    (tmp_path / "bare").mkdir()
+    for name in ("train", "val"):
+        ids.tofile(tmp_path / "bare" / f"{name}.bin")
+    with pytest.raises(
+        ValueError, match=r"train\.bin: there is a token \d+, and vocab_size is 50257: the bins are damaged"
+    ):
+        data.load_bins(tmp_path, "bare")
+
+
+def test_a_token_beyond_the_vocabulary_is_named_before_the_step(tmp_path):
+    tokens = np.zeros(100, np.uint16)
+    tokens[50] = 64
+    data.windows(tokens, [0], 40, vocab_size=64)
+    with pytest.raises(ValueError, match="there is a token 64, and vocab_size is 64"):
+        data.windows(tokens, [0, 30], 40, vocab_size=64)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train
-from engine import checkpoint, diagnostics, run_files, runlog
+from engine import checkpoint, diagnostics, run_files, wandb_mirror
 from model import GPT, GPTConfig
 
 SHAPE = dict(block_size=8, vocab_size=32, n_layer=3, n_head=4, n_embd=16)
@@ -101,7 +101,7 @@ def test_diagnostics_of_a_bfloat16_run_that_recomputes_are_those_of_float32(tiny
 
 
 def test_a_list_reaches_wandb_as_numbers():
-    assert runlog._flat("diagnostics", {"W_Q_norm": [1.0, None], "loss": 2.0}) == {
+    assert wandb_mirror._flat("diagnostics", {"W_Q_norm": [1.0, None], "loss": 2.0}) == {
         "diagnostics/W_Q_norm/0": 1.0,
         "diagnostics/loss": 2.0,
     }

@@ -10,6 +10,7 @@ from run_folders import TWO_ARMS, planned, records, write_study_files
 
 import sweep
 import train
+from engine import locks
 from studies import status, store
 
 
@@ -21,7 +22,7 @@ def test_the_view_shows_what_the_files_hold(tiny, command):
         train.train(dataclasses.replace(run.config, max_iters=20 + 10 * (number == 1)))
     Path(runs[1].folder, "summary.json").unlink()
     Path(runs[2].folder, "summary.json").unlink()
-    lock = store.acquire(store.lock_path(runs[2].folder))
+    lock = locks.acquire(locks.lock_path(runs[2].folder))
     with open(runs[2].folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 21, "ki')  # as while a line is being written
     shown = {row["run"]: row for row in status.rows("out", store.read_study("out"))}

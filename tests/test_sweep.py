@@ -24,7 +24,7 @@ import configurator
 import report
 import sweep
 import train
-from engine import run_files
+from engine import locks, run_files
 from engine.flops import cost
 from studies import store, workers
 from train_config import NO_PART_OF_RESULT, TrainConfig
@@ -101,7 +101,7 @@ def test_a_study_that_is_killed_and_repeated_has_every_run_once(files, tmp_path)
     first.join()
     for folder in working[:1]:  # one run is killed with its sweep, another lives on
         with contextlib.suppress(ProcessLookupError):
-            os.kill(store.read_note(store.lock_path(folder))["pid"], signal.SIGKILL)
+            os.kill(locks.read_note(locks.lock_path(folder))["pid"], signal.SIGKILL)
     second = in_background(*argv)
     second.join()
     assert second.exitcode == 0
@@ -170,16 +170,16 @@ def test_a_run_whose_sweep_was_killed_keeps_its_lock_and_is_waited_for(files, fa
 
 
 def test_a_lock_is_free_when_its_last_holder_is_killed(tmp_path):
-    lock = store.acquire(tmp_path / "lock")
+    lock = locks.acquire(tmp_path / "lock")
     with subprocess.Popen(["sleep", "60"], pass_fds=[lock]) as child:
-        assert store.acquire(tmp_path / "lock") is None
+        assert locks.acquire(tmp_path / "lock") is None
         os.close(lock)
-        assert store.is_locked(tmp_path / "lock"), "the child holds it"
+        assert locks.is_locked(tmp_path / "lock"), "the child holds it"
         child.kill()
         child.wait()
-        assert not store.is_locked(tmp_path / "lock")
-        os.close(store.acquire(tmp_path / "lock"))
-    assert not store.is_locked(tmp_path / "never")
+        assert not locks.is_locked(tmp_path / "lock")
+        os.close(locks.acquire(tmp_path / "lock"))
+    assert not locks.is_locked(tmp_path / "never")
 
 
 def test_failures_are_reported_at_the_end_and_tried_again(files, fake, command):

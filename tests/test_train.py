@@ -129,9 +129,9 @@ def test_variants_with_one_seed_read_the_same_data(tiny, monkeypatch):
     read = {}
     windows = data.windows
 
-    def record(tokens, offsets, block_size):
+    def record(tokens, offsets, *sizes):
         read.setdefault(name, []).append(np.array(offsets))
-        return windows(tokens, offsets, block_size)
+        return windows(tokens, offsets, *sizes)
 
     monkeypatch.setattr(data, "windows", record)
     for name, options in {
@@ -408,7 +408,10 @@ def test_a_run_is_not_overwritten_or_mixed_with_another(finished, refuses, chang
         (dict(learning_rate=0), ["learning_rate must be positive"]),
         (dict(seed=-1), ["seed must be zero or positive"]),
         (dict(beta2=1), ["beta1 and beta2 must be below 1"]),
-        (dict(device="gpu"), ["device=gpu"]),
+        (dict(device="gpu"), ["device must be auto, cpu, cuda, cuda:1, … or mps, got 'gpu'"]),
+        (dict(device="meta"), ["device must be auto", "got 'meta'"]),
+        (dict(device="mps"), ["device=mps", "--device=cpu"]),
+        (dict(n_embd=2**20), ["n_embd=1048576", "GB for weights, gradients and AdamW", "make the model smaller"]),
         (dict(device="cuda:7"), ["device=cuda:7"]),
         (dict(dtype="float8"), ["dtype must be one of"]),
         (dict(min_lr=1), ["min_lr must be at most learning_rate=0.01, got 1"]),
@@ -512,7 +515,7 @@ def test_without_wandb_nothing_is_asked_of_it(tiny, monkeypatch):
     train.train(tiny(max_iters=1))
     with pytest.raises(ValueError, match="pip install wandb"):
         train.train(tiny(max_iters=1, wandb_log=True, out_dir="mirrored"))
-    assert not any(Path("mirrored").iterdir())
+    assert not Path("mirrored").exists()
 
 
 @pytest.mark.slow
@@ -548,7 +551,7 @@ def test_the_state_of_a_run_is_plain(tiny, tmp_path):
     state = torch.load("run/ckpt.pt", weights_only=True)
     expected = (
         "format model model_config optimizer scaler step rng best_val_loss config data_fingerprint train_seconds "
-        "wall_seconds"
+        "wall_seconds links"
     )
     assert set(state) == set(expected.split())
     assert state["config"] == {**dataclasses.asdict(cfg), "data_seed": cfg.seed}
