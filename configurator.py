@@ -133,7 +133,8 @@ def known(name, fields, where, hints=types.MappingProxyType({})):
     if name not in fields:
         near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else "--help lists the options"
-        raise ValueError(f"{where}: unknown option {name!r}; {hints.get(name, hint)}")
+        what = f"unknown option --{name}" if where == COMMAND_LINE else f"{where}: unknown option {name!r}"
+        raise ValueError(f"{what}; {hints.get(name, hint)}")
     return name
 
 

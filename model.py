@@ -333,14 +333,16 @@ class GPT(nn.Module):
 
 def check(config):
     """Raise ValueError, naming the fields and what would be valid, for a GPTConfig that cannot be built."""
-    for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "mlp_ratio", "n_expert_active"):
-        if getattr(config, name) <= 0:
-            raise ValueError(f"{name} must be positive, not {getattr(config, name)}")
+    positive = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "mlp_ratio", "n_expert_active")
+    for name in (*positive, "attn_scale", "load_balance", "n_expert"):
+        value = getattr(config, name)
+        if not (0 < value < math.inf or (value == 0 and name not in positive)):  # nan is neither
+            raise ValueError(f"{name} must be {'positive' if name in positive else 'zero or positive'}, got {value}")
     for name, choices in (("activation", ACTIVATIONS), ("norm", NORMS), ("pos", ("learned", "rope", "none"))):
         if getattr(config, name) not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(config, name)!r}")
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(config, name)!r}")
     if not 0 <= config.dropout < 1:
-        raise ValueError(f"dropout must be at least 0 and below 1, not {config.dropout}")
+        raise ValueError(f"dropout must be at least 0 and below 1, got {config.dropout}")
     if config.n_embd % config.n_head:
         lower = config.n_embd - config.n_embd % config.n_head
         near = " or ".join(str(width) for width in (lower, lower + config.n_head) if width)
@@ -365,10 +367,9 @@ def check(config):
         )
     if config.wq_identity and config.wk_identity and config.wv_identity:
         raise ValueError("wq_identity, wk_identity and wv_identity leave attention nothing to learn: set at most two")
-    if config.pos == "rope" and config.n_embd // config.n_head % 2:
+    if config.pos == "rope" and config.d_k % 2:
         raise ValueError(
-            f"pos=rope rotates pairs: n_embd/n_head must be even, not {config.n_embd}/{config.n_head} = "
-            f"{config.n_embd // config.n_head}"
+            f"pos=rope rotates pairs: n_embd/n_head must be even, got {config.n_embd}/{config.n_head} = {config.d_k}"
         )
     if config.parallel and config.attn_skip != config.mlp_skip:
         raise ValueError("parallel=True has one skip connection: set attn_skip and mlp_skip both to True or to False")

@@ -101,8 +101,8 @@ def test_numbers_arrive_as_they_are(rate, steps):
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("--step=3", ["'step'", "did you mean steps?"]),
-        ("--zzz=3", ["'zzz'", "--help"]),
+        ("--step=3", ["unknown option --step; did you mean steps?"]),
+        ("--zzz=3", ["unknown option --zzz; --help"]),
         ("--steps=1.5", ["--steps must be a whole number, got 1.5"]),
         ("--steps=true", ["--steps must be a whole number, got True"]),
         ("--steps=2**63", ["--steps must be a whole number below 2**63, got 9223372036854775808"]),
@@ -122,7 +122,7 @@ def test_numbers_arrive_as_they_are(rate, steps):
         ("--kind=quik", ["--kind must be one of slow, quick, got 'quik'; did you mean 'quick'?"]),
         ("--save=1,x", ["--save must be a whole number, got 'x'"]),
         ("--steps", ["--steps needs a value"]),
-        ("--pace=3", ["unknown option 'pace'; the field is rate"]),
+        ("--pace=3", ["unknown option --pace; the field is rate"]),
     ],
 )
 def test_wrong_options_are_refused_with_the_field(option, words):

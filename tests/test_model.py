@@ -218,7 +218,12 @@ def test_initialisation_is_gpt_2_s():
     [
         (dict(n_embd=100, n_head=12), ["n_embd=100", "n_head=12", "96 or 108"]),
         (dict(mlp_ratio=4.3), ["mlp_ratio=4.3", "n_embd=768"]),
-        (dict(n_layer=0), ["n_layer", "positive"]),
+        (dict(n_layer=0), ["n_layer must be positive, got 0"]),
+        (dict(mlp_ratio=float("nan")), ["mlp_ratio must be positive, got nan"]),
+        (dict(attn_scale=-1.0), ["attn_scale must be zero or positive, got -1.0"]),
+        (dict(attn_scale=float("inf")), ["attn_scale must be zero or positive, got inf"]),
+        (dict(load_balance=-1.0), ["load_balance must be zero or positive, got -1.0"]),
+        (dict(n_expert=-1), ["n_expert must be zero or positive, got -1"]),
         (dict(dropout=1.0), ["dropout"]),
         (dict(activation="swish"), ["activation", "gelu"]),
     ],
