@@ -89,13 +89,20 @@ class Trainer:
         if state is not None:
             self.restore(state)
 
-    def update(self, x, y):
-        """One optimizer step on x and y, (sequences, block_size) int64 each, without waiting for the device."""
+    def update(self, x, y, stop=None):
+        """One optimizer step on x and y, (sequences, block_size) int64 each, without waiting for the device.
+
+        True; False, with nothing changed, where a StopSignal came between micro-batches: that step is to be repeated.
+        """
+        random_state = devices.random_state(self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = self.cfg.learning_rate_at(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         loss, micro_batches = 0.0, list(zip(x.split(self.batch_size), y.split(self.batch_size), strict=True))
         for number, (micro_x, micro_y) in enumerate(micro_batches, start=1):
+            if number > 1 and stop and stop.requested and self.world.size == 1:
+                devices.set_random_state(random_state, self.device)
+                return False
             distributed.sync_gradients(self.fast_model, number == len(micro_batches))
             with self.compute.autocast:
                 _, micro_loss = self.fast_model(micro_x, micro_y)
@@ -108,6 +115,7 @@ class Trainer:
         self.scaler.update()
         self.unchecked.append((loss, norm))
         self.step += 1
+        return True
 
     def within_memory(self, work, *arguments):
         """work(*arguments), which goes by batch_size: where memory ends, again in smaller micro-batches, from here on.
@@ -197,19 +205,18 @@ class Trainer:
 
     def restore(self, state):
         """Take over everything but the weights from a checkpoint."""
-        options = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
+        own = self.optimizer.param_groups
+        options = [{name: group[name] for name in group if name not in ("params", "lr")} for group in own]
         self.optimizer.load_state_dict(distributed.shard_optimizer_state(self.optimizer, state["optimizer"]))
-        for group, own in zip(self.optimizer.param_groups, options, strict=True):
-            group.update(own)  # weight decay and betas are cfg's, not the checkpoint's
+        for group, values in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(values)  # weight decay and betas are cfg's, not the checkpoint's
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.best_val_loss = state["step"], state["best_val_loss"]
         self.links = state.get("links", [])
         self.train_seconds = state["train_seconds"]
         self.started -= state["wall_seconds"]
         if self.world.rank == 0:  # the checkpoint has the random state of the first process
-            torch.set_rng_state(state["rng"]["cpu"])
-            if self.device.type == "cuda" and "cuda" in state["rng"]:
-                torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+            devices.set_random_state(state["rng"], self.device)
         else:
             torch.manual_seed(self.cfg.seed + 2**32 * self.world.rank + self.step)
         there, here = state["data_fingerprint"], self.bins.fingerprint
@@ -218,9 +225,6 @@ class Trainer:
 
     def save(self, is_best=False):
         """Write ckpt.pt, which best.pt and the checkpoint of a step in save_steps stand for, too, where that is due."""
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
         weights = distributed.gather_full_state_dict(self.model.state_dict())
         optimizer = distributed.gather_full_state_dict(self.optimizer.state_dict())
         if self.world.rank:
@@ -235,7 +239,7 @@ class Trainer:
             optimizer=optimizer,
             scaler=self.scaler.state_dict(),
             step=self.step,
-            rng=rng,
+            rng=devices.random_state(self.device),
             best_val_loss=self.best_val_loss,
             config=dataclasses.asdict(self.cfg),
             data_fingerprint=self.bins.fingerprint,
@@ -254,10 +258,12 @@ class Trainer:
         self.clock = time.perf_counter()
 
     def check(self):
-        """Wait for the device; what a train record says of the last step, after a look at all since the last check.
+        """Wait for the device and look at the steps since the last check: a train record of the last; None without any.
 
         Raises FloatingPointError, leaving nonfinite.json in the run folder, when one of them is not finite.
         """
+        if not self.unchecked:
+            return None
         values = self.world.mean(torch.stack([torch.stack(pair) for pair in self.unchecked])).tolist()
         self.unchecked.clear()
         seconds = time.perf_counter() - self.clock
@@ -327,8 +333,8 @@ def train(cfg):
                 evaluate_and_save(run.some_windows)
             run.start_clock()
             for x, y in run.batches():
-                run.within_memory(run.update, x, y)
-                log_due, eval_due = run.step % cfg.log_interval == 0, run.step % cfg.eval_interval == 0
+                done = run.within_memory(run.update, x, y, stop)
+                log_due, eval_due = (done and run.step % n == 0 for n in (cfg.log_interval, cfg.eval_interval))
                 last = run.step == cfg.max_iters
                 stopping = world.any(stop.requested)  # a signal may reach the processes at different steps
                 if not (log_due or eval_due or stopping or last or run.step in cfg.save_steps):
@@ -353,9 +359,7 @@ def main(argv):
     """The command; see the module's docstring."""
     values = configurator.read(TrainConfig, argv, usage=__doc__)
     names = [Path(path).stem for path in configurator.config_files(argv)]
-    if names:
-        values.setdefault("out_dir", "out/" + "-".join(names))
-    out_dir = values.get("out_dir", TrainConfig.out_dir)
+    out_dir = values.setdefault("out_dir", f"out/{'-'.join(names)}" if names else TrainConfig.out_dir)
     origin = values.get("init_from", "scratch")
     if values.get("resume") or values.get("eval_only"):
         # What the run was started with need not be repeated.

@@ -206,6 +206,19 @@ def describe_device(device):
     return f"CPU ({threads} thread{'s' if threads > 1 else ''})"
 
 
+def random_state(device):
+    """The state of torch's random numbers, on the CPU and on the device: name -> tensor."""
+    own = {device.type: torch.get_device_module(device).get_rng_state()} if device.type != "cpu" else {}
+    return {"cpu": torch.get_rng_state(), **own}
+
+
+def set_random_state(state, device):
+    """Go on with random numbers from a `random_state`, as far as it is of this kind of device."""
+    torch.set_rng_state(state["cpu"])
+    if device.type != "cpu" and device.type in state:
+        torch.get_device_module(device).set_rng_state(state[device.type])
+
+
 def allocated_bytes(device):
     """The GPU memory that tensors hold now; 0 on a CPU, where nobody counts."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

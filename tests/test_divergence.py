@@ -30,11 +30,12 @@ def test_the_checkpoint_from_before_the_rise_is_kept(tmp_path):
 def test_a_run_that_diverges_says_so_and_its_good_checkpoint_is_usable(tiny, monkeypatch, capsys):
     original = train.Trainer.update
 
-    def explode(trainer, x, y):
-        original(trainer, x, y)
+    def explode(trainer, *batch):
+        done = original(trainer, *batch)
         if trainer.step == 15:
             with torch.no_grad():
                 trainer.model.lm_head.weight.mul_(300)
+        return done
 
     monkeypatch.setattr(train.Trainer, "update", explode)
     train.train(tiny(max_iters=30))
@@ -53,10 +54,11 @@ def test_a_run_that_learns_hears_nothing(tiny, capsys):
 def test_what_is_not_finite_is_kept_with_its_batch(tiny, monkeypatch, loss):
     original = train.Trainer.update
 
-    def poison(trainer, x, y):
-        original(trainer, x, y)
+    def poison(trainer, *batch):
+        done = original(trainer, *batch)
         if trainer.step == 4:
             trainer.unchecked[-1] = (torch.tensor(loss), torch.tensor(1.0))
+        return done
 
     monkeypatch.setattr(train.Trainer, "update", poison)
     cfg = tiny(log_interval=3)

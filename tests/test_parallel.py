@@ -80,12 +80,12 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(tiny, mon
     expected = train.train(tiny(out_dir="plain"))
     original, sizes = train.Trainer.update, []
 
-    def too_large(trainer, x, y):
+    def too_large(trainer, x, y, stop):
         sizes.append(trainer.batch_size)
         if trainer.batch_size > 2 and len(sizes) > 3:
             trainer.model(x, y)[1].backward()  # gradients are there when the memory ends
             raise torch.OutOfMemoryError("CUDA out of memory")
-        original(trainer, x, y)
+        return original(trainer, x, y, stop)
 
     monkeypatch.setattr(train.Trainer, "update", too_large)
     found = train.train(tiny(out_dir="small", batch_size=0))
@@ -108,7 +108,7 @@ def test_an_evaluation_that_does_not_fit_halves_the_micro_batch_too(tiny, monkey
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(trainer, offsets)
 
-    def always_too_large(trainer, x, y):
+    def always_too_large(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train.Trainer, "evaluate", too_large)

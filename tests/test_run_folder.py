@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -54,6 +55,26 @@ def test_a_start_that_fails_leaves_no_run(tiny, monkeypatch, when):
     with pytest.raises(ValueError, match="no"):
         train.train(tiny(out_dir="out/run"))
     assert not Path("out").exists()
+
+
+def test_a_signal_between_micro_batches_ends_the_step_which_resume_repeats(tiny, monkeypatch):
+    options = dict(batch_size=2, dropout=0.1, log_interval=5, max_iters=20)
+    expected = train.train(tiny(out_dir="straight", **options))
+    sync, calls = train.distributed.sync_gradients, []
+
+    def signal_in_the_middle(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4 * 12 + 3:  # the third of four micro-batches of the thirteenth step
+            os.kill(os.getpid(), signal.SIGTERM)
+        sync(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.distributed, "sync_gradients", signal_in_the_middle)
+        assert train.train(tiny(**options)) is None
+    assert len(calls) == 4 * 12 + 3
+    assert checkpoint.load("run/ckpt.pt")["step"] == 12
+    assert train.train(tiny(resume=True, **options))["val_loss"] == expected["val_loss"]
+    assert metrics("run") == metrics("straight")
 
 
 def test_damaged_lines_of_the_metrics_are_set_aside(tiny, capsys):

@@ -46,10 +46,11 @@ def stop_after(monkeypatch, step):
     """Send this process SIGTERM while it trains the step with this number."""
     update = train.Trainer.update
 
-    def update_and_signal(self, x, y):
-        update(self, x, y)
+    def update_and_signal(self, *batch):
+        done = update(self, *batch)
         if self.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
+        return done
 
     monkeypatch.setattr(train.Trainer, "update", update_and_signal)
 
@@ -98,10 +99,11 @@ def test_a_killed_run_loses_only_what_came_after_its_checkpoint(tiny, tmp_path):
     class Killed(BaseException):
         pass
 
-    def dies(self, x, y):
-        update(self, x, y)
+    def dies(self, *batch):
+        done = update(self, *batch)
         if self.step == 27:
             raise Killed
+        return done
 
     train.Trainer.update = dies
     try:
@@ -330,11 +332,11 @@ def test_a_compiled_model_trains_to_the_same_loss(tiny):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoint(tiny, tmp_path, command, monkeypatch):
     update = train.Trainer.update
 
-    def poison(self, x, y):
+    def poison(self, *batch):
         if self.step == 25:
             with torch.no_grad():
                 self.model.transformer.ln_f.weight[0] = math.nan
-        update(self, x, y)
+        return update(self, *batch)
 
     monkeypatch.setattr(train.Trainer, "update", poison)
     options = {**TINY, "out_dir": "run", "log_interval": 7}
