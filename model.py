@@ -350,7 +350,7 @@ def check(config):
             f"n_embd={config.n_embd} does not divide into n_head={config.n_head} heads: make n_embd a multiple of "
             f"{config.n_head}, such as {near}"
         )
-    if config.mlp_ratio * config.n_embd % 1:
+    if abs(config.mlp_ratio * config.n_embd - config.mlp_hidden) > 1e-9 * config.mlp_hidden:  # but for rounding
         raise ValueError(
             f"mlp_ratio={config.mlp_ratio} times n_embd={config.n_embd} is not a whole hidden width: make mlp_ratio a "
             f"multiple of 1/{config.n_embd}, such as {round(config.mlp_ratio * config.n_embd)}/{config.n_embd}"

@@ -262,3 +262,9 @@ def test_attention_on_a_cpu_is_in_float32_where_short_sequences_train(monkeypatc
         found, exact = (torch.autograd.grad(out.float().sum(), (q, k, v)) for out in (y, expected))
         for ours, theirs in zip(found, exact, strict=True):
             assert (ours - theirs).norm() < 0.03 * max(1, theirs.norm())
+
+
+@pytest.mark.parametrize("hidden", [1, 427, 2976, 3199])
+def test_every_whole_hidden_width_has_its_ratio(hidden):
+    config = GPTConfig(n_embd=744, mlp_ratio=hidden / 744)  # 670 of the first 6,000 are no whole number after rounding
+    assert config.mlp_hidden == hidden

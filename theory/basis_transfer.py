@@ -181,7 +181,7 @@ class TransferRun:
 
     def restore(self):
         """Read the run from its file."""
-        state = checkpoint.load(self.path, map_location=self.device)
+        state = checkpoint.load(self.path, map_location=self.device, required=())
         if "options" not in state:
             raise ValueError(f"{self.path} is not a checkpoint of this experiment: choose another --out_dir=…")
         differences = checkpoint.differing(state["options"], self.options())
