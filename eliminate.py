@@ -6,8 +6,9 @@
     python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run/layer3.pt --layer=3              only the W_Q of one layer
     python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run/fitted.pt --approximate          if no result applies
 
-Computes in float64; prints each layer's condition number and how far the logits of the two models are apart. The new
-file contains weights and configuration, but no optimizer state, which belongs to the old weights. If it is written to
+Computes in float64; prints each layer's condition number and how far the logits of the two models are apart. Without
+--approximate nothing is written if that is more than rounding can explain (`theory/verification.py`). The new file
+contains weights and configuration, but no optimizer state, which belongs to the old weights. If it is written to
 another folder, run.json is copied there, so that sample.py finds the tokenizer.
 """
 
@@ -23,7 +24,7 @@ import configurator
 from configurator import FilePath, require
 from engine import checkpoint, devices, run_files
 from engine.files import read_json, write_json
-from theory import gauge, reparametrize, trained_model
+from theory import gauge, reparametrize, trained_model, verification
 
 N_RANDOM = 8  # sequences of random tokens
 
@@ -63,8 +64,9 @@ def eliminate(cfg):
 
     result: the name of the theorem. cond: {layer: condition number of Θ}, empty if nothing is inverted. parameters:
     (before, after). random, real: {dtype: dict} of `compare_logits` on random and on validation tokens; real is None
-    if the validation bins are not available.
-    Raises ValueError, with nothing written, if the files or the model do not allow it.
+    if the validation bins are not available. Their float64 has a bound, too: of rounding in an exact rewriting.
+    Raises ValueError, with nothing written, if the files or the model do not allow it, or if the logits of the two
+    models differ by more than the bound.
     """
     source, target = Path(cfg.ckpt), Path(cfg.out)
     if target.exists():
@@ -85,19 +87,28 @@ def eliminate(cfg):
     if state["model_config"]["tie_weights"] and not reduced.config.tie_weights:
         print("the embedding and the LM head were tied and are now two matrices (Remark 2)")
     models = {torch.float64: (original, rewritten)} | dict.fromkeys([torch.float32, torch.bfloat16], (model, reduced))
+
+    def compare(tokens, x, y, with_loss):
+        rows = compare_logits(models, x, y)
+        if not cfg.approximate:
+            rows["float64"]["bound"] = verification.rounding_bound(original, x[:N_RANDOM], conditions.values())
+        print_comparison(tokens, rows, with_loss)
+        if not cfg.approximate:
+            check_exact(result, cfg.which, tokens, rows["float64"])
+        return rows
+
     shape = (N_RANDOM, model.config.block_size)
     random_tokens = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     found = {"result": result, "cond": conditions, "parameters": (before, after)}
-    found["random"] = compare_logits(models, random_tokens, random_tokens)
-    print_comparison(f"{N_RANDOM} sequences of random tokens", found["random"], with_loss=False)
+    tokens = f"{N_RANDOM} sequences of random tokens"
+    found["random"] = compare(tokens, random_tokens, random_tokens, with_loss=False)
     try:
         x, y = trained_model.recorded_windows(state, "val", cfg.windows, cfg.data_dir, cfg.dataset)
     except ValueError as error:
         print(f"not compared on validation text: {error}")
         found["real"] = None
     else:
-        found["real"] = compare_logits(models, x, y)
-        print_comparison(f"{len(x)} validation windows", found["real"], with_loss=True)
+        found["real"] = compare(f"{len(x)} validation windows", x, y, with_loss=True)
 
     asked = {name: getattr(cfg, name) for name in ("ckpt", "which", "layer", "gauge", "max_cond", "approximate")}
     write(target, source, state, reduced, {**asked, **found})
@@ -138,31 +149,46 @@ def compare_logits(models, x, y):
     rounding, also relative: how far the original's logits in this dtype are from those in float64. loss_before and
     loss_after: in nats per target.
     """
-    rows = {dtype: dict.fromkeys(("difference", "largest", "rounding", "before", "after"), 0.0) for dtype in models}
+    zero = torch.zeros((), dtype=torch.float64)
+    rows = {dtype: dict.fromkeys(("difference", "largest", "rounding", "before", "after"), zero) for dtype in models}
     vocab_size = models[torch.float64][0].config.vocab_size
-    batch_size = max(1, 2**24 // (x.size(1) * vocab_size))  # 128 MiB of float64 logits
+    batch_size = max(1, verification.N_LOGITS // (x.size(1) * vocab_size))
     for inputs, targets in zip(x.split(batch_size), y.split(batch_size), strict=True):
         reference, _ = models[torch.float64][0](inputs, targets)
         for dtype, pair in models.items():
             with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
                 (old, old_loss), (new, new_loss) = (model(inputs, targets, reduction="none") for model in pair)
             row, old = rows[dtype], old.double()
-            row["difference"] = max(row["difference"], (new.double() - old).abs().max().item())
-            row["rounding"] = max(row["rounding"], (old - reference).abs().max().item())
-            row["largest"] = max(row["largest"], old.abs().max().item())
-            row["before"] += old_loss.double().sum().item()
-            row["after"] += new_loss.double().sum().item()
-    n_targets = (y >= 0).sum().item()
-    return {
-        devices.dtype_name(dtype): {
-            "difference": row["difference"],
-            "relative": row["difference"] / row["largest"],
-            "rounding": row["rounding"] / row["largest"],
-            "loss_before": row["before"] / n_targets,
-            "loss_after": row["after"] / n_targets,
+            row["difference"] = torch.maximum(row["difference"], (new.double() - old).abs().max())
+            row["rounding"] = torch.maximum(row["rounding"], (old - reference).abs().max())
+            row["largest"] = torch.maximum(row["largest"], old.abs().max())
+            row["before"] = row["before"] + old_loss.double().sum()
+            row["after"] = row["after"] + new_loss.double().sum()
+    found, n_targets = {}, (y >= 0).sum().item()
+    for dtype, row in rows.items():
+        difference, largest, rounding, before, after = (row[name].item() for name in row)
+        found[devices.dtype_name(dtype)] = {
+            "difference": difference,
+            "relative": difference / largest if largest else difference,
+            "rounding": rounding / largest if largest else rounding,
+            "loss_before": before / n_targets,
+            "loss_after": after / n_targets,
         }
-        for dtype, row in rows.items()
-    }
+    return found
+
+
+def check_exact(result, which, tokens, row):
+    """Raise ValueError unless rounding can explain how far the logits of two models are apart.
+
+    result: the name of the theorem. tokens: on which they were compared. row: of float64, with relative and bound.
+    """
+    if not row["relative"] <= row["bound"]:
+        approximately = ", or rewrite it with --approximate and fine-tune" if which == "q" else ""
+        raise ValueError(
+            f"the logits of the two models must agree up to rounding, {row['bound']:.1e} in float64 relative to the "
+            f"largest, got {row['relative']:.1e} on {tokens}, so the rewriting by {result} is not exact for this model "
+            f"and nothing is written: undo the changes that were made to the code of the model{approximately}"
+        )
 
 
 def print_comparison(tokens, rows, with_loss):
@@ -170,7 +196,9 @@ def print_comparison(tokens, rows, with_loss):
     print(f"largest difference between the logits on {tokens} (relative: divided by the largest logit):")
     for dtype, row in rows.items():
         line = f"  {dtype:<8}  {row['difference']:.2e}, relative {row['relative']:.2e}"
-        if dtype != "float64":
+        if "bound" in row:
+            line += f" (rounding: up to {row['bound']:.2e})"
+        elif dtype != "float64":
             line += f" (rounding in the original: {row['rounding']:.2e})"
         if with_loss:
             change = row["loss_after"] - row["loss_before"]
@@ -199,7 +227,7 @@ def write(target, source, state, model, eliminated):
     checkpoint.save(target, model=model.state_dict(), model_config=model_config, eliminated=eliminated, **kept)
     run, run_file = read_json(source.parent / run_files.FACTS), target.parent / run_files.FACTS
     if run is None:
-        print(f"{source.parent} has no run.json, which names the tokenizer: sample.py needs one beside the checkpoint")
+        print(f"{source.parent} has no run.json, which names the tokenizer: sample.py needs --tokenizer=… for {target}")
     elif not run_file.exists():
         write_json(run_file, {**run, "parameters": model.num_params()._asdict(), "eliminated": eliminated})
 

@@ -9,11 +9,8 @@ import pytest
 import torch
 from test_model import randomise, with_identity_query
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import configurator
-import cost as cost_command
 import data
 import model
 import prepare_owt
@@ -21,9 +18,7 @@ import sample
 import train
 from engine import checkpoint, run_files
 from engine.files import sha256_of
-from engine.flops import cost
 from model import GPT, GPTConfig
-from train_config import TrainConfig
 
 CONFIG = Path(__file__).resolve().parents[1] / "config"
 OVERLAYS = ("rope", "gqa", "mqa", "rmsnorm", "dyt", "nonorm", "parallel", "shared", "moe", "encoder")
@@ -242,7 +237,7 @@ def test_skips_and_parallel_blocks_are_the_formulas():
         (dict(pos="rope", n_embd=12), ["rope", "even"]),
         (dict(parallel=True, mlp_skip=False), ["parallel", "attn_skip", "mlp_skip"]),
         (dict(n_expert=2, n_expert_active=3), ["n_expert_active=3", "n_expert=2"]),
-        (dict(n_expert=-1), ["n_expert=-1"]),
+        (dict(n_expert=-1), ["n_expert must be zero or positive, got -1"]),
         (dict(norm="batchnorm"), ["norm", "rmsnorm"]),
         (dict(pos="alibi"), ["pos", "rope"]),
     ],
@@ -251,42 +246,6 @@ def test_architectures_that_cannot_be_built_are_refused(changes, words):
     with pytest.raises(ValueError) as refusal:
         GPTConfig(**{**SMALL, **changes})
     assert all(word in str(refusal.value) for word in words), refusal.value
-
-
-def test_costs_are_those_of_the_real_model():
-    for i, choice in enumerate(configs()):
-        if i % 29:
-            continue
-        flags = dict(
-            wq_identity=i % 2 == 0, bias=i % 3 == 0, tie_weights=i % 5 != 0, wk_identity=choice["n_kv_head"] is None
-        )
-        config = GPTConfig(**choice, **flags)
-        expected = cost(config)
-        with torch.device("meta"):
-            gpt = GPT(config).eval()
-            idx = torch.zeros(2, 12, dtype=torch.int64)
-        assert (expected.total, expected.attn_mlp) == gpt.num_params(), config
-        with FlopCounterMode(display=False) as counter:
-            gpt(idx, idx)
-        assert counter.get_total_flops() == expected.forward_flops * idx.numel(), config
-
-
-def test_training_takes_three_times_the_operations():
-    config = GPTConfig(**SMALL, wq_identity=True)
-    idx = torch.zeros(2, 12, dtype=torch.int64)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        GPT(config)(idx, idx)[1].backward()
-    assert counter.get_total_flops() == cost(config).training_flops * idx.numel()
-
-
-def test_the_cost_table_says_what_the_paper_says(command):
-    status, out, _ = command(cost_command.main, CONFIG / "baseline_tied.py")
-    assert status == 0
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()]
-    assert rows[2][1:3] == ["124.4 → 117.3 M (−5.7%)", "84.9 → 77.9 M (−8.3%)"]
-    assert rows[2][4] == "36 KiB"
-    caches = {row[0]: row[4] for row in rows[3:]}
-    assert (caches["grouped-query, 4 heads, MLP"], caches["multi-query, MLP"]) == ("12 KiB", "3 KiB")
 
 
 def test_masks_hide_15_percent_the_way_bert_does():
@@ -349,10 +308,11 @@ def test_every_overlay_trains_resumes_and_generates(overlay, variant, data_dir, 
     straight = train.train(dataclasses.replace(cfg, out_dir="straight"))
     update = train.Trainer.update
 
-    def update_and_stop(self, x, y):
-        update(self, x, y)
+    def update_and_stop(self, *batch):
+        done = update(self, *batch)
         if self.step == 11:
             raise KeyboardInterrupt
+        return done
 
     with monkeypatch.context() as patch:
         patch.setattr(train.Trainer, "update", update_and_stop)
@@ -370,16 +330,3 @@ def test_every_overlay_trains_resumes_and_generates(overlay, variant, data_dir, 
     else:
         (text,) = sample.sample(sample.SampleConfig(out_dir="straight", start="def ", num_samples=1, max_new_tokens=40))
         assert text.startswith("def ")
-
-
-@pytest.mark.parametrize(
-    ("size", "millions", "d_k"), [("medium", 355, 64), ("large", 758, 96), ("xl", 1313, 128)], ids=str
-)
-def test_gpt3_s_sizes(size, millions, d_k):
-    files = [f"config/gpt3_{size}.py", "config/baseline_tied.py"]
-    cfg = configurator.parse(TrainConfig, [str(configurator.ROOT / name) for name in files])
-    with torch.device("meta"):
-        built = GPT(cfg.model_config())
-    assert built.num_params().total == cost(cfg).total
-    assert round(built.num_params().total / 1e6) == millions
-    assert cfg.n_embd // cfg.n_head == d_k

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from theory.weights import Affine, build_model, condition_number, read_weights
+from theory.weights import Affine, build_model, check_known, condition_number, read_weights
 
 MAX_COND = 1e6
 BY_CHANGE_OF_BASIS = ("Theorem 4.1", "Theorem 4.2", "Lemma 8.4")
@@ -108,6 +108,7 @@ def covering_result(model, which="q", layer=None):
     which: 'q', 'k' or 'v'. layer: a block's number, from 0; None: all blocks.
     """
     config, blocks = model.config, model.transformer.h
+    check_known(model)
     if which not in ("q", "k", "v"):
         raise ValueError(f"which must be q, k or v, got {which!r}")
     if layer is not None and not 0 <= layer < len(blocks):

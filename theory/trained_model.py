@@ -23,7 +23,7 @@ from configurator import FilePath, require
 from engine import checkpoint, devices
 from engine.files import write_json
 from studies import drawing, page
-from theory.weights import build_model, condition_number, read_weights
+from theory.weights import build_model, check_known, condition_number, read_weights
 
 N_LOGITS = 2**26  # logits in a batch: 256 MiB in float32
 COLUMNS = (
@@ -239,6 +239,7 @@ def without_queries(model):
 def check_keys_can_be_fitted(model):
     """Raise ValueError for a GPT in which W_Q cannot be replaced by the identity and a fitted W_K."""
     config = model.config
+    check_known(model)
     for name in ("wq_identity", "wk_identity"):
         if getattr(config, name):
             raise ValueError(f"{name} must be False, got True: use a model with W_Q and W_K, such as a baseline")

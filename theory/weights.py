@@ -1,8 +1,10 @@
 """The matrices of a GPT in the paper's orientation: Y = XW with W of shape (in, out), the transpose of `Linear.weight`.
 
-`read_weights` and `build_model` transpose state dicts.
+`read_weights` and `build_model` transpose state dicts. The results in this folder are about what model.py computes, so
+a model with an option or a parameter that is not known here is refused.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +13,17 @@ import torch
 from model import GPT
 
 LAYERS = {"attn.c_proj": "o", "mlp.router": "router", "mlp.c_fc": "up", "mlp.c_proj": "down"}
+ANY_VALUE = (
+    "block_size vocab_size n_layer n_head n_kv_head n_embd mlp_ratio dropout bias tie_weights wq_identity wk_identity "
+    "wv_identity attn_scale attn_skip mlp_skip parallel share_layers causal n_expert n_expert_active load_balance"
+)
+# The options of GPTConfig that the results take into account: None for any value, or those that they cover or refuse.
+OPTIONS = dict.fromkeys(ANY_VALUE.split()) | {
+    "activation": ("gelu", "gelu_tanh", "relu"),
+    "norm": ("layernorm", "rmsnorm", "dyt", "none"),
+    "pos": ("learned", "rope", "none"),
+}
+ROTARY = ("rotary.cos", "rotary.sin")  # buffers of attention, which follow from the options
 
 
 class Affine(NamedTuple):
@@ -30,11 +43,89 @@ class Weights:
     blocks: list[dict[str, Affine]]  # 'q', 'k', 'v' (without identity projections), 'o', 'router' (MoE), 'up', 'down'
 
 
+def check_known(model):
+    """Raise ValueError, with the name, for a GPT with an option or a parameter that is not known here."""
+    check_options(model.config)
+    check_parameters(model)
+
+
+def check_options(config):
+    """Raise ValueError, with the option and its value, for a GPTConfig with an option or a value not in OPTIONS."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in OPTIONS:
+            given = "at its default" if value == field.default else f"not at its default, {field.default}"
+            raise ValueError(
+                f"theory/ must know every option of the model, got {field.name}={value}, {given}: say in "
+                "theory/weights.py, OPTIONS, that its results hold with it, or use a model without this option"
+            )
+        if OPTIONS[field.name] and value not in OPTIONS[field.name]:
+            raise ValueError(
+                f"theory/ knows {field.name}={', '.join(OPTIONS[field.name])}, got {value}: say in theory/weights.py, "
+                "OPTIONS, that its results hold with it, or use a model with another value"
+            )
+
+
+def known_shapes(config, n_block):
+    """{name: shape} of every parameter of a GPT with n_block blocks, as its state dict has them."""
+    d, kv_width, hidden = config.n_embd, config.kv_heads * config.d_k, config.mlp_hidden * max(1, config.n_expert)
+    widths = (
+        0 if config.wq_identity else d,
+        0 if config.wk_identity else kv_width,
+        0 if config.wv_identity else kv_width,
+    )
+    norm = {
+        "layernorm": {"weight": (d,), "bias": (d,)} if config.bias else {"weight": (d,)},
+        "rmsnorm": {"weight": (d,)},
+        "dyt": {"weight": (d,), "bias": (d,), "alpha": (1,)},
+        "none": {},
+    }[config.norm]
+    linear = {
+        "attn.c_attn": (sum(widths), d),
+        "attn.c_proj": (d, d),
+        "mlp.c_fc": (hidden, d),
+        "mlp.c_proj": (d, hidden),
+    }
+    block = {f"{layer}.weight": shape for layer, shape in linear.items()}
+    if config.bias:
+        block |= {f"{layer}.bias": shape[:1] for layer, shape in linear.items()}
+    if config.n_expert:
+        block["mlp.router.weight"] = (config.n_expert, d)
+    for place in ("ln_1",) if config.parallel else ("ln_1", "ln_2"):
+        block |= {f"{place}.{name}": shape for name, shape in norm.items()}
+    shapes = {"transformer.wte.weight": (config.vocab_size, d), "lm_head.weight": (config.vocab_size, d)}
+    if config.pos == "learned":
+        shapes["transformer.wpe.weight"] = (config.block_size, d)
+    shapes |= {f"transformer.ln_f.{name}": shape for name, shape in norm.items()}
+    return shapes | {f"transformer.h.{i}.{name}": shape for i in range(n_block) for name, shape in block.items()}
+
+
+def check_parameters(model):
+    """Raise ValueError, with the name, unless a GPT has the parameters of `known_shapes` and no others, nor buffers."""
+    known, state = known_shapes(model.config, len(model.transformer.h)), model.state_dict()
+    buffers = [name for name, _ in model.named_buffers() if not name.endswith(ROTARY)]
+    for name in [*state, *buffers]:
+        if name not in known:
+            raise ValueError(
+                f"theory/ must know every parameter of the model, got {name}: say in theory/weights.py what the "
+                "results do with it, or use a model without it"
+            )
+    for name, shape in known.items():
+        if name not in state or state[name].shape != shape:
+            got = f"one of shape {tuple(state[name].shape)}" if name in state else "none"
+            raise ValueError(
+                f"the model must have a parameter {name} of shape {shape}, got {got}: use the model.py and the options "
+                "with which it was trained"
+            )
+
+
 def read_weights(model):
     """The Weights of a GPT. They may share memory with the model: replace entries, never change them in place.
 
-    Raises ValueError, with the parameter's name, if a weight is not finite.
+    Raises ValueError, with the name, for an option or a parameter that is not known here (`check_known`), and for a
+    weight that is not finite.
     """
+    check_known(model)
     state = {name: tensor.detach().double() for name, tensor in model.state_dict().items()}
     for name, tensor in state.items():
         if not tensor.isfinite().all():
