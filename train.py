@@ -21,7 +21,7 @@ import data
 from engine import checkpoint, devices, diagnostics, distributed, divergence, locks, run_files, runlog
 from engine.attention import prefer_attention
 from engine.files import link, read_json
-from engine.signals import StopSignal
+from engine.signals import BetweenMicroBatches, StopSignal
 from model import GPT
 from train_config import TrainConfig
 
@@ -65,7 +65,6 @@ class Trainer:
         self.all_windows = data.evaluation_offsets(len(self.bins.val), cfg.block_size)
         self.some_windows = data.evaluation_offsets(len(self.bins.val), cfg.block_size, cfg.eval_windows)
         state = self.own_checkpoint()
-
         torch.manual_seed(cfg.seed)
         self.model = GPT(cfg.model_config(), self.compute.linear_loss)
         if state is not None:
@@ -89,10 +88,10 @@ class Trainer:
         if state is not None:
             self.restore(state)
 
-    def update(self, x, y, stop=None):
+    def update(self, x, y, between=None):
         """One optimizer step on x and y, (sequences, block_size) int64 each, without waiting for the device.
 
-        True; False, with nothing changed, where a StopSignal came between micro-batches: that step is to be repeated.
+        between: a signals.BetweenMicroBatches. False, with nothing changed, where it cut the step short; else True.
         """
         random_state = devices.random_state(self.device)
         for group in self.optimizer.param_groups:
@@ -100,7 +99,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss, micro_batches = 0.0, list(zip(x.split(self.batch_size), y.split(self.batch_size), strict=True))
         for number, (micro_x, micro_y) in enumerate(micro_batches, start=1):
-            if number > 1 and stop and stop.requested and self.world.size == 1:
+            if between and between(number, len(micro_batches)):
                 devices.set_random_state(random_state, self.device)
                 return False
             distributed.sync_gradients(self.fast_model, number == len(micro_batches))
@@ -317,6 +316,7 @@ def train(cfg):
         ):
             log.say(runlog.header(run))
             run.make_links()
+            between = BetweenMicroBatches(stop, log.say, world.size == 1)
 
             def evaluate_and_save(windows):
                 losses = run.within_memory(run.evaluate, windows)
@@ -333,7 +333,7 @@ def train(cfg):
                 evaluate_and_save(run.some_windows)
             run.start_clock()
             for x, y in run.batches():
-                done = run.within_memory(run.update, x, y, stop)
+                done = run.within_memory(run.update, x, y, between)
                 log_due, eval_due = (done and run.step % n == 0 for n in (cfg.log_interval, cfg.eval_interval))
                 last = run.step == cfg.max_iters
                 stopping = world.any(stop.requested)  # a signal may reach the processes at different steps

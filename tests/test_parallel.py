@@ -80,12 +80,12 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(tiny, mon
     expected = train.train(tiny(out_dir="plain"))
     original, sizes = train.Trainer.update, []
 
-    def too_large(trainer, x, y, stop):
+    def too_large(trainer, x, y, between):
         sizes.append(trainer.batch_size)
         if trainer.batch_size > 2 and len(sizes) > 3:
             trainer.model(x, y)[1].backward()  # gradients are there when the memory ends
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(trainer, x, y, stop)
+        return original(trainer, x, y, between)
 
     monkeypatch.setattr(train.Trainer, "update", too_large)
     found = train.train(tiny(out_dir="small", batch_size=0))

@@ -77,6 +77,13 @@ def test_a_signal_between_micro_batches_ends_the_step_which_resume_repeats(tiny,
     assert metrics("run") == metrics("straight")
 
 
+def test_a_long_step_shows_its_micro_batches(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(train.BetweenMicroBatches, "SECONDS", 0)
+    train.train(tiny(batch_size=2, max_iters=2))
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("micro-batch")]
+    assert shown == ["micro-batch 1 of 4", "micro-batch 2 of 4", "micro-batch 3 of 4"] * 2
+
+
 def test_damaged_lines_of_the_metrics_are_set_aside(tiny, capsys):
     train.train(tiny(max_iters=20))
     path = Path("run/metrics.jsonl")
