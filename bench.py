@@ -29,7 +29,7 @@ import train
 from configurator import FilePath
 from engine import decode, devices
 from engine.attention import prefer_attention
-from engine.files import sha256_of, write_json
+from engine.files import make_folder, sha256_of, write_json, write_text
 from engine.flops import cost
 from speed import hardware, peer, planning, profiling, speed_table, timing
 from train_config import TrainConfig
@@ -311,7 +311,7 @@ def profile_training(models, folder):
 
     Returns model's name -> kind of operation -> share of the time, and a sentence about it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     trainer = models["baseline"].trainer
     n_steps = max(1, PROFILED_MICRO_BATCHES * trainer.batch_size // trainer.n_own)
     shares = {}
@@ -344,9 +344,8 @@ def bench(cfg):
         text = speed_table.markdown(result)
     print(f"\n{text}", end="")
     if cfg.out_dir:
-        folder = Path(cfg.out_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "table.md").write_text(text, encoding="utf-8")
+        make_folder(cfg.out_dir)
+        write_text(Path(cfg.out_dir) / "table.md", text)
     if cfg.json:
         write_json(cfg.json, result)
     return result

@@ -8,6 +8,7 @@ boolean takes `--key` alone). Names that begin with an underscore belong to the 
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -120,7 +121,8 @@ def _file_hint(path):
     """What to do where a config file cannot be read."""
     if Path(path).is_dir():
         return f"it is a folder; a run in it is continued with --out_dir={path} --resume"
-    near = difflib.get_close_matches(str(path), [f"config/{p.name}" for p in ROOT.glob("config/*.py")], n=1)
+    others = {f"config/{p.name}" for p in ROOT.glob("config/*.py")} - {str(path)}
+    near = difflib.get_close_matches(str(path), sorted(others), n=1)
     return f"did you mean {near[0]}?" if near else "config files come first, options are written --key=value"
 
 
@@ -310,5 +312,6 @@ def _reason(error):
 def _fail(error, text, status, debug):
     if debug:
         traceback.print_exception(error)
-    print(f"error: {' '.join(text.splitlines())}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # it may go to a file on the disk that is full
+        print(f"error: {' '.join(text.splitlines())}", file=sys.stderr)
     sys.exit(status)

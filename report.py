@@ -10,10 +10,13 @@ out_dir, and prints the table and the verdicts.
 
 import csv
 import dataclasses
+import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import configurator
+from engine.files import make_folder, write_text
 from engine.flops import cost
 from model import GPTConfig
 from studies import arms, comparison, figures, page, sections, store
@@ -37,6 +40,8 @@ def training_flops(run):
 
 def draw(results, flops, folder):
     """Draw the figures that apply to the results into folder; a list of page.Figure. flops: run folder -> FLOPs."""
+    import matplotlib
+
     several = any(len(cell.runs) > 1 for cell in results.cells)
     bands = "Bands and bars are 95 % t-intervals over seeds." if several else "One seed: no intervals."
     best = ", each arm at its best point of the grid" if results.tuned_fields else ""
@@ -59,14 +64,22 @@ def draw(results, flops, folder):
             f"arrows mark values off the scale. {bands}",
         ),
     }
-    drawn = [page.Figure(name, text) for name, (function, text) in wanted.items() if function(results, folder / name)]
-    for cell, control in results.best_pairs:
-        words = ["diagnostics", cell.arm, *map(arms.value_text, results.size(cell).values())]
-        name = "-".join(words).replace("/", "-") + ".png"
-        if figures.diagnostics(cell, control, folder / name):
-            text = f"Attention diagnostics of each layer in {control.label} (left) and {cell.label}; means over seeds."
-            drawn.append(page.Figure(name, text))
+    with matplotlib.rc_context({"text.parse_math": False}):  # a $ in an arm's name begins no formula
+        drawn = [page.Figure(name, text) for name, (plot, text) in wanted.items() if plot(results, folder / name)]
+        for number, (cell, control) in enumerate(results.best_pairs):
+            name = file_name("-".join(["diagnostics", cell.arm, *map(arms.value_text, results.size(cell).values())]))
+            if name in [figure.name for figure in drawn]:
+                name = f"diagnostics-{number}.png"
+            if figures.diagnostics(cell, control, folder / name):
+                arms_shown = f"{control.label} (left) and {cell.label}"
+                text = f"Attention diagnostics of each layer in {arms_shown}; means over seeds."
+                drawn.append(page.Figure(name, text))
     return drawn
+
+
+def file_name(text):
+    """The name of a PNG for a text, which may be a folder's name: short enough, without spaces and the like."""
+    return re.sub(r"[^\w.+=-]", "-", text).encode()[:200].decode(errors="ignore") + ".png"
 
 
 def run_rows(results, flops):
@@ -80,7 +93,7 @@ def run_rows(results, flops):
         | {"parameters": run.facts["parameters"]["total"], "attn_mlp": run.facts["parameters"]["attn_mlp"]}
         | {"training_flops": flops[run.folder], "data": run.facts["data"]["fingerprint"]}
         | {"git_commit": run.facts["git_commit"], "torch": run.facts["versions"]["torch"]}
-        | {"device": run.facts["device"], "dtype": run.precision}
+        | {"device": run.facts["device"], "dtype": run.precision, "changed_options": run.changes_text}
         for cell, run in results.runs
     ]
     return rows + [{"folder": folder, "state": why} for folder, why in results.unfinished]
@@ -117,16 +130,17 @@ def _rows(kind, pairs, comparisons):
 
 def write_csv(path, rows):
     """Write dicts as CSV, with a column for each key that any of them has."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def parts(results, comparisons, headlines, drawn):
     """The parts of the report, in order; see studies/page.py."""
     content = [page.Heading(results.name, level=1)]
-    content += [page.Items(headlines)] if len(results.arms) > 1 else []
+    content += [page.Items(headlines)] if headlines else []
     content += [page.Paragraph(text) for text in sections.setting(results)]
     content += [page.Heading("Arms and their losses"), sections.table_2(results.best)]
     if note := sections.paper_note(results.best):
@@ -157,13 +171,13 @@ def write_report(cfg):
     results = arms.load(cfg.runs, cfg.control)
     default = Path(cfg.runs[0], "report") if store.is_study(cfg.runs[0]) else "out/report"
     folder = Path(cfg.out_dir or default)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     flops = {run.folder: training_flops(run) for _, run in results.runs}
     comparisons = arms.compare_cells(results.best_pairs)
     headlines = sections.headlines(results, comparisons)
     content = parts(results, comparisons, headlines, draw(results, flops, folder))
-    (folder / "report.md").write_text(page.markdown(content), encoding="utf-8")
-    (folder / "report.html").write_text(page.web_page(content, results.name, folder), encoding="utf-8")
+    write_text(folder / "report.md", page.markdown(content))
+    write_text(folder / "report.html", page.web_page(content, results.name, folder))
     write_csv(folder / "runs.csv", run_rows(results, flops))
     write_csv(folder / "comparison.csv", comparison_rows(results, comparisons))
     return folder, sections.table_2(results.best), headlines
@@ -172,10 +186,7 @@ def write_report(cfg):
 def main(argv):
     """The command; see the module's docstring."""
     folder, table, headlines = write_report(configurator.parse(ReportConfig, argv, positional="runs"))
-    print(table.markdown())
-    print()
-    for headline in headlines:
-        print(f"- {headline}")
+    print(f"{table.markdown()}\n\n{page.Items(headlines).markdown()}")
     print(f"\n{folder}/report.md, {folder}/report.html")
 
 

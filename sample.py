@@ -82,12 +82,13 @@ def tokenizer_of(path, name, vocab_size):
     """
     run_file = path.parent / run_files.FACTS
     data = (read_json(run_file) or {}).get("data")
-    recorded = data.get("tokenizer") if isinstance(data, dict) else None
+    data = data if isinstance(data, dict) else {}
+    recorded = data.get("tokenizer")
     if name is None and recorded is None:
         raise ValueError(f"no {run_file} names the tokenizer: name it with --tokenizer=gpt2 or --tokenizer=bytes")
     if None not in (name, recorded) and name != recorded:
         raise ValueError(f"tokenizer must be {recorded}, as {run_file} says, got {name}: leave out --tokenizer")
-    tokenizer = tokenizers.get_tokenizer(name or recorded)
+    tokenizer = tokenizers.get_tokenizer(name or recorded, data.get("characters"))
     if tokenizer.n_vocab > vocab_size:
         raise ValueError(
             f"tokenizer must have at most {vocab_size} tokens, the vocab_size of {path}, got {name or recorded} with "

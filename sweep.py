@@ -113,9 +113,9 @@ def print_outcome(execution, result, folder):
     """Print which runs failed or diverged, and what to do next. result: that of Execution.execute."""
     n_runs, n_failed, n_diverged = len(execution.runs), len(execution.failed), len(execution.diverged)
     for run, why in execution.failed.items():
-        log = run.folder / "log.txt"
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:] if log.exists() else []
-        print("\n".join([f"{run.label}: {why}; the last lines of {log}:", *("    " + line for line in lines)]))
+        text = run.log.read_text(encoding="utf-8", errors="replace") if run.log.exists() else ""
+        lines = ["    " + line for line in text.splitlines()[-LOG_LINES:]]
+        print("\n".join([f"{run.label}: {why}; the last lines of {run.log}:", *lines]))
     for run in execution.diverged:
         path = run.folder / run_files.NONFINITE
         print(f"{run.label}: diverged at step {(read_json(path) or {}).get('step')}; see {path}")
@@ -127,7 +127,8 @@ def print_outcome(execution, result, folder):
         print(f"{n_failed} of {n_runs} runs failed; repeat the command to try them again")
     else:
         finished = f"{n_runs - n_diverged} of {n_runs}" if n_diverged else f"all {n_runs}"
-        print(f"{finished} runs are finished; compare them with: python report.py {folder}")
+        command = shlex.join(["python", os.path.relpath(configurator.ROOT / "report.py"), str(folder)])
+        print(f"{finished} runs are finished; compare them with: {command}")
 
 
 def main(argv):

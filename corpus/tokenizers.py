@@ -1,6 +1,8 @@
 """The tokenizers, by their names in meta.json."""
 
 import os
+from dataclasses import dataclass
+from functools import cached_property
 
 from corpus.kinds import first_line
 
@@ -12,11 +14,59 @@ GPT2_VOCABULARY = {  # file -> its name in tiktoken's cache: the SHA-1 of its UR
 }
 
 
-def get_tokenizer(name):
+@dataclass(frozen=True)
+class Characters:
+    """The tokenizer of nanoGPT's character-level data, with what its callers use of a tiktoken Encoding."""
+
+    characters: tuple[str, ...]  # in the order of their ids
+
+    @cached_property
+    def ids(self):
+        """character -> its id."""
+        return {character: number for number, character in enumerate(self.characters)}
+
+    @property
+    def n_vocab(self):
+        """The number of characters."""
+        return len(self.characters)
+
+    @property
+    def eot_token(self):
+        """The id of the character after which a sample may begin: a line feed, or the first one where there is none."""
+        return self.ids.get("\n", 0)
+
+    def encode_ordinary(self, text):
+        """The ids of a text's characters, a list. Raises ValueError for a character that the data does not have."""
+        for character in text:
+            if character not in self.ids:
+                raise ValueError(
+                    f"the text must consist of the {self.n_vocab} characters of the model's data, got {character!r}"
+                )
+        return [self.ids[character] for character in text]
+
+    def encode(self, text, allowed_special=()):
+        """As encode_ordinary: no character is special. allowed_special is that of tiktoken's Encoding."""
+        return self.encode_ordinary(text)
+
+    def decode(self, ids):
+        """The text of ids."""
+        return "".join(self.characters[number] for number in ids)
+
+
+def get_tokenizer(name, characters=None):
     """The tiktoken Encoding with this name: 'gpt2', or 'bytes' (the 256 bytes and end-of-text, no download).
 
-    Raises ValueError for another name, and when GPT-2's vocabulary is not on this machine and cannot be downloaded.
+    With 'characters' the Characters of a list, which is in the manifest and the run.json of such data.
+    Raises ValueError for another name, for characters that are no such list, and when GPT-2's vocabulary is not on this
+    machine and cannot be downloaded.
     """
+    if name == "characters":
+        if not (isinstance(characters, list) and characters and all(isinstance(each, str) for each in characters)):
+            raise ValueError(
+                "the tokenizer 'characters' needs the list of the data's characters, which the run.json of a run on "
+                f"such data has as data.characters, got {characters!r}"
+            )
+        return Characters(tuple(characters))
     import tiktoken
 
     if name == "bytes":
@@ -27,7 +77,7 @@ def get_tokenizer(name):
             special_tokens={END_OF_TEXT: 256},
         )
     if name != "gpt2":
-        raise ValueError(f"the tokenizer must be gpt2 or bytes, got {name!r}")
+        raise ValueError(f"the tokenizer must be gpt2, bytes or characters, got {name!r}")
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # of the network, of the disk, or tiktoken's own about a damaged file

@@ -18,6 +18,8 @@ def write_atomically(path, write):
     Raises ValueError, with the system's reason and the file as it was before, when that is not possible.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # the rename would replace /dev/null by a file
+        raise ValueError(f"cannot write {path}: there is something that is not a file; choose another name")
     temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
@@ -29,14 +31,18 @@ def write_atomically(path, write):
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, (OSError, RuntimeError)):  # torch.save raises a RuntimeError for a full disk
-            raise ValueError(f"cannot write {path}: {reason(error)}; the file before, if any, is intact") from error
+        first = error
+        while isinstance(first, RuntimeError) and first.__context__:
+            first = first.__context__  # after a failed write torch.save raises another error, which hides the reason
+        if isinstance(first, (OSError, RuntimeError)):
+            raise ValueError(f"cannot write {path}: {reason(first)}; the file before, if any, is intact") from first
         raise
 
 
 def write_text(path, text):
     """Write text to a file in UTF-8, whole or not at all. Raises ValueError (`write_atomically`)."""
-    write_atomically(path, lambda file: file.write(text.encode()))
+    content = text.encode(errors="backslashreplace")  # the name of a folder may hold bytes that are not UTF-8
+    write_atomically(path, lambda file: file.write(content))
 
 
 def write_json(path, content):
@@ -61,6 +67,7 @@ def link(path, name):
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
         os.replace(temporary, target)
+        temporary.unlink(missing_ok=True)  # where target was path's link before, POSIX has the rename do nothing
         sync_folder(target.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -69,11 +76,19 @@ def link(path, name):
 
 
 def make_folder(path):
-    """Make a folder and those above it. Raises ValueError, with the system's reason, when that is not possible."""
+    """Make a folder and those above it where they are missing, and flush their names to disk; the paths of these.
+
+    Raises ValueError, with the system's reason, when that is not possible.
+    """
+    path = Path(path)
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
+        for folder in missing:
+            sync_folder(folder.parent)
     except OSError as error:
-        raise ValueError(f"cannot make the folder {path}: {reason(error)}; choose another") from error
+        raise ValueError(f"cannot make the folder {path}: {reason(error)}; choose another --out_dir") from error
+    return missing
 
 
 def sync_folder(folder):

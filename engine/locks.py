@@ -11,6 +11,8 @@ import os
 import socket
 from pathlib import Path
 
+from engine.files import make_folder
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -80,10 +82,14 @@ def _lock(descriptor, path, wait):
 
 
 def write_note(descriptor, **values):
-    """Replace the content of a lock file by a note: which process works on the run (pid), or how it ended."""
-    os.ftruncate(descriptor, 0)
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    os.write(descriptor, (json.dumps({"host": socket.gethostname(), **values}) + "\n").encode())
+    """Replace the content of a lock file by a note: which process works on the run (pid), or how it ended.
+
+    Without space for it there is no note; the lock holds all the same.
+    """
+    with contextlib.suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.write(descriptor, (json.dumps({"host": socket.gethostname(), **values}) + "\n").encode())
 
 
 def read_note(path):
@@ -112,11 +118,7 @@ def only_writer(run):
     if inherited.isdecimal() and _is_file(int(inherited), path):
         yield
         return
-    made = [folder for folder in path.parents if not folder.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot make the folder {path.parent}: {error.strerror}; choose another --out_dir") from error
+    made = make_folder(path.parent)
     descriptor = acquire(path)
     if descriptor is None:
         note = read_note(path)

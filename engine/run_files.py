@@ -148,7 +148,9 @@ def last_step(run):
         file.seek(max(0, path.stat().st_size - TAIL_BYTES))
         for line in reversed(file.read().splitlines()):
             try:
-                return json.loads(line)["step"]
-            except ValueError:  # a line that is being written, or whose beginning was cut off
+                step = json.loads(line)["step"]
+            except (ValueError, TypeError, KeyError):  # being written, damaged, or without its beginning
                 continue
+            if isinstance(step, int):
+                return step
     return 0

@@ -29,7 +29,7 @@ from studies import page
 MEAN_TOKENS = 1128  # per document of OpenWebText
 RANDOM_READS = 20_000
 COMMAND = ("-m", "speed.bench_prepare")
-DATASETS_MAP = "`datasets.map`, 2 processes, then writing"
+DATASETS_MAP = "datasets.map, 2 processes, then writing"
 
 
 @dataclass
@@ -224,7 +224,7 @@ def measure_preparation(cfg):
         ),
         page.Table(head, rows, words=("method",)),
         page.Paragraph(
-            f"In tokens/s prepare_owt.py is {ratios[0]:.1f} times as fast, or {ratios[1]:.1f} times if `datasets.map` "
+            f"In tokens/s prepare_owt.py is {ratios[0]:.1f} times as fast, or {ratios[1]:.1f} times if datasets.map "
             "is timed only from the split on, with its libraries loaded and the text in its Arrow cache."
         ),
     ]

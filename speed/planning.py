@@ -29,18 +29,25 @@ PUBLISHED = {
     "NVIDIA GeForce RTX 4090": (0.746, "llm.c, 1 × RTX 4090"),
 }
 UNPUBLISHED = (0.328, "nanoGPT, 1 × H100 (no published figure for this GPU)")
-FORMULAS = """\
-Memory of one GPU, in bytes. N: parameters; M: those in matrix products (attention, MLP, LM head); d: n_embd; d_kv: the
-keys' width; h: the MLP's hidden width, times the experts; b: sequences in a micro-batch; T: block_size; L: n_layer.
-
-- states = 4 N (parameters) + 4 N (gradients) + 8 N (AdamW), sharded over the GPUs with shard=full, + 2 M (bfloat16
-  copies)
-- activations = b T (L B + 6 d + 8), with B = 12 d + 2 (d + 2 d_kv) + 2 d + 4 h + 4 n_head + 16 per block: what eager
-  PyTorch keeps of GPT-2's blocks in bfloat16 autocast; with recompute=True b T (4 d L + B + 6 d + 8)
-- logits = 14 b T vocab_size: bfloat16 logits, float32 log-probabilities and the gradients of both; with
-  chunked_loss=True 10 min(b T vocab_size, 2^26) + 4 d vocab_size + 2 b T d
-
-With torch.compile activations and logits take less memory: these are upper bounds."""
+FORMULAS = [
+    page.Paragraph(
+        "Memory of one GPU, in bytes. N: parameters; M: those in matrix products (attention, MLP, LM head); d: n_embd; "
+        "d_kv: the keys' width; h: the MLP's hidden width, times the experts; b: sequences in a micro-batch; "
+        "T: block_size; L: n_layer."
+    ),
+    page.Items(
+        [
+            "states = 4 N (parameters) + 4 N (gradients) + 8 N (AdamW), sharded over the GPUs with shard=full, "
+            "+ 2 M (bfloat16 copies)",
+            "activations = b T (L B + 6 d + 8), with B = 12 d + 2 (d + 2 d_kv) + 2 d + 4 h + 4 n_head + 16 per block: "
+            "what eager PyTorch keeps of GPT-2's blocks in bfloat16 autocast; with recompute=True "
+            "b T (4 d L + B + 6 d + 8)",
+            "logits = 14 b T vocab_size: bfloat16 logits, float32 log-probabilities and the gradients of both; with "
+            "chunked_loss=True 10 min(b T vocab_size, 2^26) + 4 d vocab_size + 2 b T d",
+        ]
+    ),
+    page.Paragraph("With torch.compile activations and logits take less memory: these are upper bounds."),
+]
 MEMORY_COLUMN = "memory of a GPU, GB: states + activations + logits"
 COLUMNS = ["size", "model", "GPUs", "micro-batch", MEMORY_COLUMN, "utilisation", "tokens/s", "days", "basis"]
 
@@ -189,7 +196,7 @@ def plan_table(cfg, rows):
             "'measured' were measured. The others take the utilisation of the 124M model for all sizes and count eight "
             "GPUs as eight times one, without the cost of communication."
         ),
-        page.Paragraph(FORMULAS),
+        *FORMULAS,
     ]
     for gpu, sheet in hardware.DATASHEETS.items():
         own = [row for row in rows if row["gpu"] == gpu]

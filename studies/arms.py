@@ -7,50 +7,19 @@ control. Run folders without a study are grouped by their configurations: runs t
 import dataclasses
 import os
 import re
+import shlex
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
 from engine import run_files
-from engine.files import read_json
 from engine.flops import cost
 from studies import comparison
+from studies.page import plain
+from studies.runs import is_number, read_run, series
 from studies.store import is_study, read_study, run_folder, state
 from train_config import TrainConfig
-
-
-@dataclass(eq=False)
-class Run:
-    """The files of a run folder, as train.py wrote them."""
-
-    folder: Path
-    config: dict  # the resolved configuration (config.json)
-    facts: dict  # parameters, data, versions, device (run.json)
-    summary: dict | None  # final losses, speed (summary.json); None while the run is not finished
-
-    @cached_property
-    def metrics(self):
-        """The records of metrics.jsonl, in order."""
-        return run_files.read_metrics(self.folder)
-
-    @property
-    def seed(self):
-        """(seed, data_seed): runs of two arms with the same one are a pair."""
-        return self.config["seed"], self.config["data_seed"]
-
-    @property
-    def experiment(self):
-        """All options that determine the result, except the seeds: the runs of an arm have these in common."""
-        options = run_files.identity(self.config)
-        return {name: value for name, value in options.items() if name not in ("seed", "data_seed")}
-
-    @property
-    def precision(self):
-        """The dtypes of its segments, in order: 'float32', or 'float32, bfloat16' if it was resumed with another."""
-        segments = [segment["dtype"] for segment in self.facts.get("segments", []) if segment.get("dtype")]
-        return ", ".join(dict.fromkeys(segments or [str(self.facts.get("dtype"))]))
 
 
 @dataclass(eq=False)  # cells are told apart by identity, and can be keys
@@ -84,13 +53,16 @@ class Cell:
 
         kind, name: which records of metrics.jsonl, and which of their values. seeds: those to take, in this order;
         None: all. Records where the value is null are left out; a null among the values of the layers becomes NaN.
+        Raises ValueError for records that do not have such values.
         """
-        records = [
-            {r["step"]: r[name] for r in self.runs[seed].metrics if r["kind"] == kind and r.get(name) is not None}
-            for seed in (self.runs if seeds is None else seeds)
-        ]
+        runs = [self.runs[seed] for seed in (self.runs if seeds is None else seeds)]
+        records = [series(run.folder, run.metrics, kind, name) for run in runs]
         steps = sorted(set.intersection(*map(set, records)))
-        return np.array(steps), np.array([[record[step] for step in steps] for record in records], dtype=float)
+        values = [[record[step] for step in steps] for record in records]
+        if len({np.shape(value) for row in values for value in row}) > 1:
+            folders = ", ".join(str(run.folder) for run in runs)
+            raise ValueError(f"{name} must have as many layers in all {kind} records of {folders}: one is damaged")
+        return np.array(steps), np.array(values, dtype=float)
 
 
 @dataclass
@@ -248,8 +220,9 @@ def mismatches(cell, control):
     """What makes the comparison of two cells' losses unfair, as phrases: other tokens, block_size or precision."""
     a, b = (each.example for each in (cell, control))
     found = []
-    if a.summary["tokens"] != b.summary["tokens"]:
-        found.append(f"{a.summary['tokens'] / b.summary['tokens']:.3g} × the training tokens")
+    a_tokens, b_tokens = (run.summary["tokens"] for run in (a, b))
+    if a_tokens != b_tokens:
+        found.append(f"{a_tokens / b_tokens:.3g} × the training tokens" if b_tokens else "training tokens against none")
     if a.config["block_size"] != b.config["block_size"]:
         found.append(f"block_size {a.config['block_size']} against {b.config['block_size']}")
     if a.precision != b.precision:
@@ -260,11 +233,6 @@ def mismatches(cell, control):
 def compare_cells(pairs):
     """A comparison.Comparison for each (cell, control's cell) in pairs; together they are one family of tests."""
     return comparison.compare([(cell.losses, control.losses) for cell, control in pairs])
-
-
-def is_number(value):
-    """Whether a value of the grid is a number; True and False are not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def value_text(value):
@@ -288,7 +256,7 @@ def load(folders, control=None):
     if studies and len(folders) > 1:
         raise ValueError(
             f"{studies[0]} is a study, which must be the only folder of a report: leave out the others, or name the "
-            f"study's run folders, {studies[0]}/*/seed*"
+            f"study's run folders, {shlex.quote(str(studies[0]))}/*/seed*"
         )
     results = _load_study(studies[0]) if studies else _load_runs(folders)
     results.cells = [cell for cell in results.all_cells if cell.runs]
@@ -303,16 +271,6 @@ def load(folders, control=None):
             cell.control = control
     _check_same_data(results)
     return results
-
-
-def read_run(folder):
-    """The Run in a folder, or None where there is none."""
-    names = (run_files.CONFIG, run_files.FACTS, run_files.SUMMARY)
-    config, facts, summary = (read_json(Path(folder) / name) for name in names)
-    if config is None or facts is None:
-        return None
-    # A run from before an option existed did what is now the option's default.
-    return Run(Path(folder), dataclasses.asdict(TrainConfig()) | config, facts, summary)
 
 
 def _load_study(folder):
@@ -360,8 +318,10 @@ def _load_runs(folders):
 
 def _add_unfinished(results, cell, folder, run, how):
     """List a run that is not finished, with its state; run: None where it was not started."""
-    step = f", step {run_files.last_step(folder):,} of {run.config['max_iters']:,}" if run else ""
-    results.unfinished.append((folder, how + step))
+    if run:
+        how += f", step {run_files.last_step(folder):,} of {run.config['max_iters']:,}"
+        how += f", options changed on the way: {run.changes_text}" if run.changes else ""
+    results.unfinished.append((folder, how))
     cell.n_diverged += run_files.has_diverged(folder)
 
 
@@ -397,8 +357,9 @@ def _names(groups):
         name = name.rstrip("0123456789") if len(group) > 1 else name
         if name.rstrip("0123456789") in ("", "seed"):  # folders as in a study: ARM/seed1
             name = folders[0].parent.name
-        names.append(re.sub(r"[-_.,= ]*(seed|(?<=[-_.,= ])s)?[-_.,= ]*$", "", name))
-    return [str(group[0].folder) if names.count(name) > 1 else name for name, group in zip(names, groups, strict=True)]
+        names.append(plain(re.sub(r"[-_.,= ]*(seed|(?<=[-_.,= ])s)?[-_.,= ]*$", "", name)).strip())
+    pairs = zip(names, groups, strict=True)
+    return [plain(str(group[0].folder)) if names.count(name) > 1 else name for name, group in pairs]
 
 
 def _check_same_data(results):

@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 
+from engine.files import write_atomically
 from studies import comparison
 from studies.arms import is_number
 
@@ -39,8 +40,23 @@ def save(figure, path):
         if not panel.images and panel.get_label() != "<colorbar>":
             panel.grid(alpha=0.25)
             panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
     plt.close(figure)
+
+
+def label(name, most=60):
+    """A name as the label of a line or panel: at most so many characters, its middle left out where it is longer.
+
+    It does not begin with an underscore, since matplotlib leaves such labels out of the legend.
+    """
+    if len(name) > most:
+        name = f"{name[: most // 2]}…{name[len(name) - (most - 1) // 2 :]}"
+    return f" {name}" if name.startswith("_") else name
+
+
+def power_of_ten(exponent):
+    """10¹² for 12, as text."""
+    return "10" + str(exponent).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def log_axis(axis):

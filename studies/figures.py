@@ -55,7 +55,7 @@ def curves(results, path):
         upper, *lower = panels[i]
         pairs = [(cell, control) for cell, control in results.best_pairs if cell in cells and control in cells]
         labels = {cell.arm: point_text({name: cell.point[name] for name in results.tuned_fields}) for cell in cells}
-        labels = {arm: f"{arm} ({text})" if text else arm for arm, text in labels.items()}
+        labels = {arm: drawing.label(f"{arm} ({text})" if text else arm) for arm, text in labels.items()}
         style = drawing.styles([cell.arm for cell in cells])
         _losses(upper, cells, labels, style, unit)
         if len(groups) > 1 and results.size_fields:
@@ -68,7 +68,7 @@ def curves(results, path):
             found = lower[0], *_differences(lower[0], pairs, style, unit)
             compared.setdefault(pairs[0][1].arm, []).append(found)
             if i % columns == 0:
-                control = f"\nfrom {pairs[0][1].arm}" if columns == 1 else ""
+                control = f"\nfrom {drawing.label(pairs[0][1].arm)}" if columns == 1 else ""
                 lower[0].set_ylabel(f"difference{control} (%)", fontsize=8.5)
         elif lower:
             lower[0].remove()
@@ -199,7 +199,7 @@ def heat_maps(results, path):
     for panel, arm in zip(panels.flat, means, strict=False):
         look = dict(cmap="viridis_r", vmin=low, vmax=high, aspect="auto", origin="lower")
         image = panel.imshow(means[arm], **look)
-        panel.set_title(arm, fontsize=11)
+        panel.set_title(drawing.label(arm), fontsize=11)
         panel.set_xticks(range(len(columns)), map(value_text, columns))
         panel.set_yticks(range(len(rows)), map(value_text, rows))
         panel.set_xlabel(fields[1])
@@ -244,7 +244,7 @@ def lines(results, path):
         beside = drawing.beside(places, is_log, results.arms.index(arm), len(results.arms))
         known = {value: x for value, x in zip(values, beside, strict=True) if value in means}
         look = dict(style[arm], markerfacecolor="white")
-        drawing.points(panel, list(known.values()), [means[value] for value in known], label=arm, **look)
+        drawing.points(panel, list(known.values()), [means[value] for value in known], label=drawing.label(arm), **look)
         for cell in results.best if panel is upper and results.tuned_fields else ():
             if cell.arm == arm:
                 best = cell.point[name]
@@ -287,7 +287,7 @@ def cost(results, training_flops, path):
     power = 3 * int(math.log10(max(1, *(training_flops[cell.example.folder] for cell in best))) // 3)
     costs = {
         "attention + MLP parameters (millions)": lambda cell: cell.example.facts["parameters"]["attn_mlp"] / 1e6,
-        f"training FLOPs ($10^{{{power}}}$)": lambda cell: training_flops[cell.example.folder] / 10**power,
+        f"training FLOPs ({drawing.power_of_ten(power)})": lambda cell: training_flops[cell.example.folder] / 10**power,
     }
     apart = best if not results.size_fields else [cell for cell in best if cell.arm == best[0].arm]
     costs = {label: of for label, of in costs.items() if len(set(map(of, apart))) > 1}
@@ -310,7 +310,7 @@ def cost(results, training_flops, path):
         places = sorted(set(map(of, best)))
         for arm in arms:
             own = sorted((cell for cell in best if cell.arm == arm), key=of)
-            look = dict(style[arm], label=arm) | ({} if results.size_fields else {"linestyle": "none"})
+            look = dict(style[arm], label=drawing.label(arm)) | ({} if results.size_fields else {"linestyle": "none"})
             drawing.points(panel, list(map(of, own)), [means[cell] for cell in own], **look)
         for pair in pairs:
             panel.plot([of(c) for c in pair], [means[c].mean for c in pair], color="0.6", linewidth=0.8, zorder=1)
@@ -397,7 +397,7 @@ def diagnostics(cell, control, path):
             drawing.log_axis(row[0].yaxis)
         row[0].set_ylabel(DIAGNOSTICS[name], fontsize=8.5)
     for panel, c in zip(panels[0], pair, strict=True):
-        panel.set_title(c.label, fontsize=10.5)
+        panel.set_title(drawing.label(c.label), fontsize=10.5)
     for panel in panels[-1]:
         panel.set_xlabel("training tokens (millions)")
     handles = [panels[0, 0].plot([], [], color=colour, label=f"{i}")[0] for i, colour in enumerate(colours)]

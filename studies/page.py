@@ -1,12 +1,15 @@
 """A report as a list of parts, which become a Markdown document and a self-contained HTML page.
 
-The texts of the parts are plain text, without markup.
+The texts of the parts are plain text, without markup: what Markdown or HTML would interpret in them is escaped, and a
+line feed becomes a space.
 """
 
 import base64
 import html
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 STYLE = """
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; }
@@ -22,6 +25,29 @@ pre { background: #f4f4f4; padding: .6rem; overflow-x: auto; }
 }
 """
 
+# What Markdown interprets within a line: code, emphasis, tables, strike-through, formulas; a backslash, link, tag or
+# character reference only as such. An underscore within a word (W_Q, out_dir) is one, and is left alone.
+INLINE = re.compile(
+    r"[`*|~$]|(?<![^\W_])_|_(?![^\W_])|\\(?=[!-/:-@\[-`{-~]|$)|\](?=[(\[:])|<(?=[A-Za-z/!?])|&(?=#?\w+;)|(?<=\s)#(?=#*$)"
+)
+# Where a line begins as a heading, a quotation or a list item.
+FIRST = re.compile(r"^(\d*)(?=#+(\s|$)|>|[-+]+(\s|$)|[.)](\s|$))")
+
+
+def plain(text):
+    """A text in one line: what cannot be printed, such as a line feed in a folder's name, becomes a space."""
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
+def escaped(text):
+    """A text as Markdown that shows it as it is, in one line."""
+    return FIRST.sub(r"\1\\", INLINE.sub(r"\\\g<0>", plain(text).strip()))
+
+
+def escaped_html(text):
+    """A text as HTML that shows it as it is, in one line."""
+    return html.escape(plain(text))
+
 
 @dataclass(frozen=True)
 class Heading:
@@ -31,10 +57,10 @@ class Heading:
     level: int = 2
 
     def markdown(self):
-        return f"{'#' * self.level} {self.text}"
+        return f"{'#' * self.level} {escaped(self.text)}"
 
     def html(self, folder):
-        return f"<h{self.level}>{html.escape(self.text)}</h{self.level}>"
+        return f"<h{self.level}>{escaped_html(self.text)}</h{self.level}>"
 
 
 @dataclass(frozen=True)
@@ -44,10 +70,10 @@ class Paragraph:
     text: str
 
     def markdown(self):
-        return self.text
+        return escaped(self.text)
 
     def html(self, folder):
-        return f"<p>{html.escape(self.text)}</p>"
+        return f"<p>{escaped_html(self.text)}</p>"
 
 
 @dataclass(frozen=True)
@@ -57,10 +83,10 @@ class Items:
     texts: list
 
     def markdown(self):
-        return "\n".join(f"- {text}" for text in self.texts)
+        return "\n".join(f"- {escaped(text)}" for text in self.texts)
 
     def html(self, folder):
-        return "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in self.texts) + "</ul>"
+        return "<ul>" + "".join(f"<li>{escaped_html(text)}</li>" for text in self.texts) + "</ul>"
 
 
 @dataclass(frozen=True)
@@ -73,13 +99,13 @@ class Table:
 
     def markdown(self):
         rule = ["---" if name in self.words else "---:" for name in self.head]
-        lines = [self.head, rule, *self.rows]
-        return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in lines)
+        head, *rows = [[escaped(text) for text in row] for row in (self.head, *self.rows)]
+        return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
 
     def html(self, folder):
         def line(row, tag):
-            classes = [" class=text" if name in self.words else "" for name in self.head]
-            return "".join(f"<{tag}{each}>{html.escape(text)}</{tag}>" for each, text in zip(classes, row, strict=True))
+            kinds = [" class=text" if name in self.words else "" for name in self.head]
+            return "".join(f"<{tag}{kind}>{escaped_html(text)}</{tag}>" for kind, text in zip(kinds, row, strict=True))
 
         body = "".join(f"<tr>{line(row, 'td')}</tr>\n" for row in self.rows)
         return f"<table><thead><tr>{line(self.head, 'th')}</tr></thead>\n<tbody>{body}</tbody></table>"
@@ -98,11 +124,12 @@ class Figure:
         return self.caption.partition(". ")[0].removesuffix(".")
 
     def markdown(self):
-        return f"![{self.alternative}]({self.name})\n\n{self.caption}"
+        alternative = escaped(self.alternative.replace("[", "(").replace("]", ")"))  # a bracket would end it
+        return f"![{alternative}]({quote(self.name)})\n\n{escaped(self.caption)}"
 
     def html(self, folder):
         data = base64.b64encode((Path(folder) / self.name).read_bytes()).decode("ascii")
-        alt, text = html.escape(self.alternative), html.escape(self.caption)
+        alt, text = escaped_html(self.alternative), escaped_html(self.caption)
         return f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
 
 
@@ -113,7 +140,8 @@ class Code:
     text: str
 
     def markdown(self):
-        return f"```sh\n{self.text}\n```"
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", self.text)), default=0))
+        return f"{fence}sh\n{self.text}\n{fence}"
 
     def html(self, folder):
         return f"<pre><code>{html.escape(self.text)}</code></pre>"
@@ -128,7 +156,7 @@ def web_page(parts, title, folder):
     """The parts as an HTML document that needs no other file; the PNGs are read from folder."""
     body = "\n".join(part.html(folder) for part in parts)
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escaped_html(title)}</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n'
         f"<body>\n{body}\n</body></html>\n"
     )

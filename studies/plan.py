@@ -15,6 +15,7 @@ from studies import store, study_file
 from train_config import TrainConfig
 
 TRAIN = configurator.ROOT / "train.py"
+MAX_NAME = 255  # bytes in the name of a folder, on all usual file systems
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,11 @@ class PlannedRun:
     def label(self):
         """The run's folder within the study's: 'reduced,n_embd=64/seed1'."""
         return f"{self.name}/seed{self.seed}"
+
+    @property
+    def log(self):
+        """The file with the output of the run's processes."""
+        return self.folder / "log.txt"
 
     @property
     def command(self):
@@ -78,6 +84,7 @@ def planned_runs(cfg, options):
         of_point = [f"--{key}={as_text(value)}" for key, value in (axes | more).items()]
         for arm in study.arms:
             name = ",".join([arm, *(f"{key}={as_text(value)}" for key, value in axes.items())])
+            check_name(name, f"{path}: the arm {arm}")
             arguments = [*sizes, *study.arguments(arm, size)]
             try:
                 own = size | configurator.read(TrainConfig, [*arguments, *options])
@@ -144,6 +151,20 @@ def runs_of_array_job(runs, entries, array_index, array_size):
     in_order = [run for group in groups.values() for run in group]
     begin, end = (len(runs) * i // array_size for i in (array_index, array_index + 1))
     return in_order[begin:end]
+
+
+def check_name(name, what):
+    """Raise ValueError unless the name of an arm and point can be that of a folder; what: the arm, for the message."""
+    if "/" in name or not name.isprintable():
+        raise ValueError(
+            f"{what} must have a folder's name without / and line feeds at each point of the grid, got {name!r}: give "
+            "such a value an arm of its own"
+        )
+    if (n_bytes := len(name.encode())) > MAX_NAME:
+        raise ValueError(
+            f"{what} must have a folder's name of at most {MAX_NAME} bytes at each point of the grid, got {n_bytes}: "
+            f"shorten it, or the grid's values ({name[:60]}…)"
+        )
 
 
 def as_text(value):

@@ -144,7 +144,7 @@ def verdicts(pairs, comparisons):
 
 
 def headlines(results, comparisons):
-    """The sentences that the report begins with: verdicts for default settings and best points, and trends.
+    """The sentences that the report begins with: verdicts for default settings and best points, trends, warnings.
 
     comparisons: those of results.best_pairs.
     """
@@ -162,7 +162,18 @@ def headlines(results, comparisons):
             known = any(other.arm == cell.control for other in results.best)
             why = "has a different objective or no finished run of that size" if known else "has no finished run"
             found.append(f"{cell.label} is not compared: its control {cell.control} {why}.")
-    return sentences + found + trends(results)
+    return sentences + found + trends(results) + changed_options(results)
+
+
+def changed_options(results, most=12):
+    """A warning for each run whose options changed on the way; where there are more than `most`, one with their number.
+
+    The tables describe such a run by its last options, with which only a part of it was made.
+    """
+    changed = [run for _, run in results.runs if run.changes]
+    if len(changed) > most:
+        return [f"Warning: options changed on the way in {len(changed)} runs; runs.csv has them (changed_options)."]
+    return [f"Warning: options changed on the way in {run.folder}: {run.changes_text}." for run in changed]
 
 
 def trends(results):

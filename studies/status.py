@@ -8,6 +8,7 @@ import time
 
 from engine import run_files
 from studies import store
+from studies.runs import series
 
 COLUMNS = {  # of the table: key of a run's dict -> heading, format
     "run": ("run", "{}"),
@@ -29,23 +30,18 @@ def rows(folder, content):
     arm_at = {(entry["arm"], json.dumps(entry["point"])): entry["name"] for entry in content["arms"]}
     result = []
     for seed in content["seeds"]:
-        metrics = {
-            entry["name"]: run_files.read_metrics(store.run_folder(folder, entry["name"], seed))
-            for entry in content["arms"]
-        }
-        losses = {
-            name: {record["step"]: record["val_loss"] for record in records if record["kind"] == "eval"}
-            for name, records in metrics.items()
-        }
+        folders = {entry["name"]: store.run_folder(folder, entry["name"], seed) for entry in content["arms"]}
+        metrics = {name: run_files.read_metrics(path) for name, path in folders.items()}
+        losses = {name: series(folders[name], records, "eval", "val_loss") for name, records in metrics.items()}
         for entry in content["arms"]:
-            name, control = entry["name"], arm_at[entry["control"], json.dumps(entry["point"])]
+            name, control = entry["name"], arm_at.get((entry["control"], json.dumps(entry["point"])))
             step, loss = next(reversed(losses[name].items()), (None, None))
-            is_compared = name != control and step in losses[control]
-            speeds = [record["tokens_per_second"] for record in metrics[name] if record["kind"] == "train"]
+            is_compared = name != control and step in losses.get(control, ())
+            speeds = [*series(folders[name], metrics[name], "train", "tokens_per_second").values()]
             result.append(
                 {
                     "run": f"{name}/seed{seed}",
-                    "state": store.state(store.run_folder(folder, name, seed)),
+                    "state": store.state(folders[name]),
                     "step": metrics[name][-1]["step"] if metrics[name] else None,
                     "val_loss": loss,
                     "difference": loss - losses[control][step] if is_compared else None,

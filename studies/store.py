@@ -12,8 +12,11 @@ import os
 import shlex
 from pathlib import Path
 
+import configurator
 from engine import locks, run_files
-from engine.files import read_json, write_json
+from engine.files import make_folder, read_json, write_json
+from studies.runs import COUNT, LIST, OBJECT, TEXT, check
+from train_config import TrainConfig
 
 FORMAT = 1
 STUDY = "study.json"
@@ -27,16 +30,43 @@ def is_study(folder):
 
 
 def read_study(folder):
-    """The content of a study folder's study.json. Raises ValueError where there is none."""
-    content = read_json(Path(folder) / STUDY)
+    """The content of a study folder's study.json. Raises ValueError where there is none, or one that is no study."""
+    path = Path(folder) / STUDY
+    content = read_json(path)
     if content is None:
         raise ValueError(f"{folder} is not a study folder: it has no {STUDY}, which sweep.py writes when it starts")
     if content.get("format") != FORMAT:
         raise ValueError(
-            f"{folder}/{STUDY} must have format {FORMAT}, got {content.get('format')!r}: it was written by another "
+            f"{path} must have format {FORMAT}, got {content.get('format')!r}: it was written by another "
             "version of sweep.py"
         )
+    _check_study(path, content)
     return content
+
+
+def _check_study(path, content):
+    """Raise ValueError unless a study.json has what is read from it; values of options get their types."""
+    kinds = configurator.field_types(TrainConfig)
+
+    def options(values):
+        return {
+            configurator.known(name, kinds, path): configurator.coerce(name, value, kinds[name], path)
+            for name, value in values.items()
+        }
+
+    check(path, content, {"name": TEXT, "command": TEXT, "seeds": LIST, "grid": OBJECT, "arms": LIST})
+    grid = content["grid"]
+    for seed in content["seeds"]:
+        check(path, {"seeds": seed}, {"seeds": COUNT})
+    for name, values in grid.items():
+        check(path, grid, {name: LIST})
+        grid[name] = [options({name: value})[name] for value in values]
+    for entry in content["arms"]:
+        check(path, {"arms": entry}, dict.fromkeys(("arms.name", "arms.arm", "arms.control"), TEXT))
+        check(path, {"arms": {"configured": {}} | entry}, {"arms.point": OBJECT, "arms.configured": OBJECT})
+        if entry["point"].keys() != grid.keys():
+            raise ValueError(f"{path}: the point of {entry['name']} must have the grid's fields, got {entry['point']}")
+        entry |= {name: options(entry.get(name, {})) for name in ("point", "configured")}
 
 
 def write_study(folder, content):
@@ -44,10 +74,10 @@ def write_study(folder, content):
 
     Raises ValueError when the folder holds a different study: one with which it has no arm and point in common.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lock = locks.acquire(Path(folder) / "study.lock", wait=True)
     try:
-        earlier = read_json(Path(folder) / STUDY) or content
+        earlier = read_study(folder) if is_study(folder) else content
         if not {entry["name"] for entry in earlier["arms"]} & {entry["name"] for entry in content["arms"]}:
             raise ValueError(
                 f"{folder} already contains a different study ({earlier['command']}): choose another --out_dir=…"

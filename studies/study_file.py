@@ -119,8 +119,12 @@ def read_file(path):
 
     arms = study.arms
     require(is_dict(arms, str), "arms", "a dict such as {'baseline': 'config/baseline_tied.py'}")
-    names_are_right = all(re.fullmatch(r"\.*[\w+-][\w.+-]*", str(arm)) for arm in arms)
-    require(names_are_right, "arms", "named by letters, digits and . + - _")
+    for arm in arms:  # it becomes a folder's name, and never names another folder, as .. would
+        if not (isinstance(arm, str) and re.fullmatch(r"\.*[\w+-][\w.+-]*", arm)):
+            raise ValueError(
+                f"{study.where['arms']}: an arm must be named by letters, digits and . + - _, not by dots alone, got "
+                f"{arm!r}"
+            )
     if isinstance(study.control, str):
         study.control = dict.fromkeys(arms, study.control)
     require(is_dict(study.control, str), "control", "an arm, or a dict: arm -> its control")

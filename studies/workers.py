@@ -11,10 +11,21 @@ import time
 from dataclasses import dataclass
 
 from engine import devices, locks, run_files, signals
+from engine.files import make_folder, reason
 from studies import store
 from studies.plan import PlannedRun
 
 POLL_SECONDS = 0.2
+
+
+def add_line(path, line):
+    """Add a line to a text file; where that fails, why, as text."""
+    try:
+        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{line}\n")
+    except OSError as error:
+        return f"cannot write {path}: {reason(error)}"
+    return None
 
 
 @dataclass(eq=False)
@@ -73,7 +84,7 @@ class Execution:
             if run_files.has_ended(run.folder):
                 self.todo.remove(run)
             elif len(self.workers) < self.jobs:
-                run.folder.mkdir(parents=True, exist_ok=True)
+                make_folder(run.folder)
                 lock = locks.acquire(locks.lock_path(run.folder))
                 if lock is None:
                     continue
@@ -100,9 +111,9 @@ class Execution:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         if self.jobs > 1:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, devices.available_cpus() // self.jobs)))
-        with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
-            log.write(f"$ {shlex.join(run.command)}\n")
-            log.flush()
+        if trouble := add_line(run.log, f"$ {shlex.join(run.command)}"):
+            raise ValueError(f"{trouble}; repeat the command to continue")
+        with open(run.log, "a", encoding="utf-8") as log:
             process = subprocess.Popen(
                 run.command,
                 stdin=subprocess.DEVNULL,
@@ -132,6 +143,8 @@ class Execution:
                 self.failed[worker.run] = f"killed by {signal.Signals(-status).name}"
             else:
                 self.failed[worker.run] = f"exit status {status}"
+            if worker.run in self.failed and (trouble := add_line(worker.run.log, f"# {self.failed[worker.run]}")):
+                self.failed[worker.run] += f" ({trouble})"  # which the run could not say there, either
 
     def terminate(self):
         """Tell the runs to stop. They write a checkpoint first; told a second time, they stop at once."""

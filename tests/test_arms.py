@@ -55,8 +55,8 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     unfinished = write_run(tmp_path / "d", 2, 2.0, finished=False)
     with pytest.raises(ValueError, match=r"nothing to report, .*/d is not finished, step 40 of 40"):
         arms.load([unfinished])
-    study = write_study(tmp_path / "study", {"a": {}}, lambda arm, seed: 2.0)
-    with pytest.raises(ValueError, match="must be the only folder of a report"):
+    study = write_study(tmp_path / "a study", {"a": {}}, lambda arm, seed: 2.0)
+    with pytest.raises(ValueError, match=r"must be the only folder of a report: .* '.*/a study'/\*/seed\*$"):
         arms.load([study, a])
     config = json.loads((study / "a/seed2/config.json").read_text())
     (study / "a/seed2/config.json").write_text(json.dumps(config | {"learning_rate": 0.5}))
@@ -244,3 +244,10 @@ def test_the_intervals_of_a_study_cover_its_difference_in_95_percent_of_trials(t
         found = comparison.difference(cell.losses, control.losses)
         covered += found.low <= 0.01 <= found.high
     assert 0.93 <= covered / 2000 <= 0.97
+
+
+def test_a_run_without_a_step_is_compared_with_a_trained_one(tmp_path):
+    folders = [write_run(tmp_path / "none", 1, 4.0, max_iters=0, warmup_iters=0), write_run(tmp_path / "some", 1, 2.0)]
+    ((cell, control),) = arms.load(folders).best_pairs
+    assert arms.mismatches(cell, control) == ["training tokens against none"]
+    assert arms.mismatches(control, cell) == ["0 × the training tokens"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TINY
+from markdown_it import MarkdownIt
 from run_folders import REDUCED, write_run, write_study
 from scipy import stats
 
@@ -297,6 +298,31 @@ def test_a_run_of_one_window_and_no_step_has_no_error_and_no_speed(tiny, command
     _, runs = tables(Path("out/report/report.md").read_text())
     assert float(runs[0]["validation loss"]) > 0
     assert (runs[0]["training loss"], runs[0]["tokens/s"]) == ("–", "–")
+
+
+@pytest.mark.filterwarnings("error::UserWarning")  # of matplotlib, about names that it cannot show
+def test_names_that_markdown_and_matplotlib_would_interpret_are_only_names(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    names = ["_a|b`c`*d*$e$", "line\nfeed $x_y$ (1)", "line-feed $x_y$-(1)", "bytes \udcff_", "long" * 60]
+    for number, name in enumerate(names):
+        Path("out", name).mkdir(parents=True)
+        for seed in (1, 2):
+            fields = dict(n_embd=16 * (1 + number), diagnostics=True)
+            run = write_run(Path("new"), seed, 2.0 + number + seed / 10 + number * seed**2 / 100, **fields)
+            run.rename(Path("out", name, f"seed{seed}"))
+    code, out, _ = command(report.main, *(f"out/{name}/seed{seed}" for name in names for seed in (1, 2)))
+    assert code == 0
+    shown = [names[0], "line feed $x_y$ (1)", names[2], "bytes", names[4]]
+    markdown = Path("out/report/report.md").read_text()
+    assert out.split("\n\n")[0] in markdown
+    rendered = MarkdownIt("commonmark").enable("table").render(markdown)
+    for html in (rendered, Path("out/report/report.html").read_text()):
+        parser = Texts()
+        parser.feed(html)
+        assert {*shown} <= {*parser.texts}
+        assert len(parser.references) == len(list(Path("out/report").glob("*.png"))) == 2 + 4
+    assert len({*re.findall(r"\]\((.+?\.png)\)", markdown)}) == 6
+    assert [row["arm"] for row in read_csv("out/report/runs.csv")][::2] == shown
 
 
 def test_mistakes_end_in_one_line(tmp_path, monkeypatch, refuses):

@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
+from test_data import write_characters
 
 import sample
 import train
@@ -148,3 +150,17 @@ def test_a_folder_without_its_facts_is_refused(run, refuses, command):
     assert command(sample.main, "--out_dir=out/run", "--tokenizer=bytes", "--max_new_tokens=2")[0] == 0
     Path("out/run/run.json").write_text('{"data": "bytes"}')
     refuses(sample.main, "--out_dir=out/run", words=["run.json", "--tokenizer=bytes"])
+
+
+def test_a_run_on_nanogpt_s_characters_is_sampled(tiny, command, refuses):
+    characters = write_characters(Path("data/chars"), "to be, or not to be: é\n" * 100)
+    size = [f"--{name}={value}" for name, value in {**TINY, "max_iters": 2, "warmup_iters": 0}.items() if value != ()]
+    assert command(train.main, *size, "--dataset=chars", "--out_dir=out/chars")[0] == 0
+    argv = ["--out_dir=out/chars", "--num_samples=1", "--max_new_tokens=9"]
+    for start in ("to be: é", "", "\n"):
+        status, out, _ = command(sample.main, *argv, f"--start={start}")
+        assert status == 0
+        text = out.removesuffix("\n---------------\n")
+        assert text.startswith(start) and set(text) <= {*characters}
+        assert len(text) <= max(1, len(start)) + 9
+    refuses(sample.main, *argv, "--start=tö be", words=[f"the {len(characters)} characters", "got 'ö'"])

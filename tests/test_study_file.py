@@ -1,6 +1,7 @@
 """A study's file and what it becomes: points, arms, runs with their commands, the jobs of an array."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -190,7 +191,17 @@ def test_runs_have_names_of_their_own_in_wandb(files):
     [
         ("arms = {'a': ''}", ["my_study.py", "does not set arms and control"]),
         ("arms = ['a']\ncontrol = 'a'", ["line 1", "arms must be a dict such as"]),
-        ("arms = {'a/b': ''}\ncontrol = 'a/b'", ["line 1", "letters"]),
+        *(
+            (f"arms = {{{arm!r}: ''}}\ncontrol = {arm!r}", ["line 1: an arm must be named by letters", f"got {arm!r}"])
+            for arm in ("a/b", "..", ".", "...", "", "a\n", "a b", "../a", "a\0", 5)
+        ),
+        (f"arms = {{'{'é' * 128}': ''}}\ncontrol = '{'é' * 128}'", ["the arm éé", "at most 255 bytes", "got 256"]),
+        (
+            f"arms = {{'a': '', '{'b' * 247}': ''}}\ncontrol = 'a'\ngrid = {{'beta1': [0.5]}}",
+            ["my_study.py: the arm bbb", "at most 255 bytes at each point of the grid, got 257"],
+        ),
+        (ONE_ARM + "grid = {'init_from': ['../x.pt']}", ["the arm a must have a folder's name without /", "../x.pt"]),
+        (ONE_ARM + "grid = {'init_from': ['x\\ny']}", ["the arm a must have a folder's name without / and line feeds"]),
         ("arms = {'a': ''}\ncontrol = 'b'", ["line 2", "control must be among the arms a", "'b'"]),
         ("arms = {'a': ''}\ncontrol = {'a': 'b'}", ["line 2", "control must be among the arms a"]),
         (ONE_ARM + "seed = [1]", ["line 3", "'seed'", "did you mean seeds?"]),
@@ -245,8 +256,8 @@ def test_mistakes_in_a_study_end_in_one_line_before_anything_runs(files, refuses
         (["--resume"], ["--resume cannot be an option", "the sweep sets"]),
         (["--n_embd=32"], ["--n_embd is in the grid of my_study.py"]),
         (["--n_head=4"], ["--n_head is in the grid of my_study.py"]),
-        (["--job=2"], ["'job'", "did you mean jobs?"]),
-        (["--learning_rat=1"], ["'learning_rat'", "did you mean learning_rate?"]),
+        (["--job=2"], ["--job;", "did you mean jobs?"]),
+        (["--learning_rat=1"], ["--learning_rat;", "did you mean learning_rate?"]),
         (["--learning_rate=0"], ["baseline,n_embd=16: learning_rate must be positive"]),
         (["--jobs=0"], ["jobs must be positive"]),
         (["--array_size=0"], ["array_size must be positive"]),
@@ -261,6 +272,30 @@ def test_mistakes_in_a_study_end_in_one_line_before_anything_runs(files, refuses
 def test_mistakes_on_the_command_line_end_in_one_line(files, refuses, options, words):
     refuses(sweep.main, *files(TWO_ARMS + WIDTHS), *options, words=words)
     assert not Path("out").exists()
+
+
+def test_the_longest_name_is_that_of_a_folder(files):
+    name = "a" * 245  # and ",beta1=0.5"
+    runs, _ = planned(*files(f"arms = {{'{name}': ''}}\ncontrol = '{name}'\ngrid = {{'beta1': [0.5]}}\nseeds = [1]"))
+    assert len(runs[0].name) == 255
+    runs[0].folder.mkdir(parents=True)
+
+
+def test_a_study_beside_the_repository_s_files_is_found_from_another_folder(tmp_path, monkeypatch, command, refuses):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = command(sweep.main, "config/study_which.py", "config/quick.py", "--seeds=1", "--dry_run")
+    commands = [shlex.split(line) for line in out.splitlines() if not line.startswith("#")]
+    assert code == 0 and commands
+    for _, script, *arguments in commands:
+        assert Path(script).resolve() == ROOT / "train.py"
+        assert TrainConfig(**configurator.read(TrainConfig, arguments)).n_embd == 128
+    assert list(tmp_path.iterdir()) == []
+    refuses(sweep.main, "config/study_lrr.py", words=["config/study_lrr.py", "did you mean config/study_lr.py?"])
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/study_lr.py").symlink_to("/proc/self/mem")  # exists, and cannot be read
+    code, _, error = command(sweep.main, "config/study_lr.py")
+    assert code == 2 and error.startswith("error: cannot read the config file config/study_lr.py")
+    assert "did you mean config/study_lr.py" not in error
 
 
 def test_the_size_s_file_does_not_come_first(files, refuses):

@@ -198,6 +198,16 @@ def test_failures_are_reported_at_the_end_and_tried_again(files, fake, command):
     assert "all 4 runs are finished" in out
 
 
+def test_the_command_that_compares_the_runs_can_be_pasted(files, fake, command):
+    argv = [*files(TWO_ARMS + "seeds = [1]"), "--out_dir=out/it's mine"]
+    (hint,) = [line for line in command(sweep.main, *argv)[1].splitlines() if "compare them with: " in line]
+    python, script, folder = shlex.split(hint.partition("compare them with: ")[2])
+    assert (python, folder) == ("python", "out/it's mine")
+    assert Path(script).samefile(report.__file__)
+    for line in command(sweep.main, *argv, "--dry_run")[1].splitlines():
+        assert line.startswith("#") or "--out_dir=out/it's mine/" in shlex.split(line)[-2]
+
+
 def test_a_run_that_diverged_is_not_tried_again_until_its_file_is_deleted(files, fake, command):
     argv = [*files(TWO_ARMS + "grid = {'n_layer': [5, 2, 3]}\nseeds = [1]"), "--out_dir=out"]
     names = [f"{arm},n_layer={n}" for n in (5, 2, 3) for arm in ("baseline", "reduced")]
