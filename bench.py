@@ -29,7 +29,7 @@ import train
 from configurator import FilePath
 from engine import decode, devices
 from engine.attention import prefer_attention
-from engine.files import make_folder, sha256_of, write_json, write_text
+from engine.files import make_folder, sha256_of, write_atomically, write_json, write_text
 from engine.flops import cost
 from speed import hardware, peer, planning, profiling, speed_table, timing
 from train_config import TrainConfig
@@ -218,7 +218,8 @@ def write_synthetic(folder, cfg):
     dtype, rng, splits = data.dtype_for(vocab_size), np.random.default_rng(0), {}
     folder.mkdir(parents=True)
     for name, tokens in (("train", max(2**22, 2 * cfg.tokens_per_step)), ("val", cfg.tokens_per_step + 1)):
-        rng.integers(0, vocab_size, tokens).astype(data.DTYPES[dtype]).tofile(folder / f"{name}.bin")
+        content = rng.integers(0, vocab_size, tokens).astype(data.DTYPES[dtype])
+        write_atomically(folder / f"{name}.bin", lambda file: file.write(content))  # noqa: B023
         splits[name] = {"tokens": tokens, "documents": 1, "sha256": sha256_of(folder / f"{name}.bin")}
     data.write_manifest(folder, tokenizer="random", vocab_size=vocab_size, eot=0, dtype=dtype, splits=splits)
 
@@ -330,6 +331,8 @@ def bench(cfg):
     n_processes = int(os.environ.get("WORLD_SIZE", 1))
     if n_processes > 1:
         raise ValueError(f"bench.py measures a single process, got WORLD_SIZE={n_processes}: start it without torchrun")
+    if cfg.json and Path(cfg.json).is_dir():
+        raise ValueError(f"--json must name a file, got the folder {cfg.json}: use --json={cfg.json}/speed.json")
     if cfg.json and not Path(cfg.json).parent.is_dir():
         folder = Path(cfg.json).parent
         raise ValueError(f"--json={cfg.json} needs an existing folder, and there is no folder {folder}: create it")

@@ -229,7 +229,11 @@ def write(target, source, state, model, eliminated):
     if run is None:
         print(f"{source.parent} has no run.json, which names the tokenizer: sample.py needs --tokenizer=… for {target}")
     elif not run_file.exists():
-        write_json(run_file, {**run, "parameters": model.num_params()._asdict(), "eliminated": eliminated})
+        try:
+            write_json(run_file, {**run, "parameters": model.num_params()._asdict(), "eliminated": eliminated})
+        except ValueError:
+            target.unlink()  # else it would be in the way of the same command
+            raise
 
 
 def main(argv):

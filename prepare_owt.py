@@ -33,6 +33,7 @@ from configurator import FilePath
 from corpus import disk, encoding, gathering, hub, openwebtext, reading, sources, token_file, tokenizers
 from corpus.disk import require_space
 from corpus.progress import Progress
+from engine.files import make_folder, remove_temporaries
 
 LOCAL_VAL_FRACTION = 0.05  # for the embedded corpus and for files, which are small
 FEW_DOCUMENTS, FEW_TOKENS = 20, 100_000  # of a validation split: fewer make its loss imprecise
@@ -161,7 +162,6 @@ def _prepare(cfg, folder, work):
         files = hub.download(found)
         if cfg.revision not in (None, found.revision):
             source["requested_revision"] = cfg.revision
-    work.mkdir(parents=True, exist_ok=True)
     return _encode_and_gather(cfg, folder, work, source, files)
 
 
@@ -171,6 +171,7 @@ def _encode_and_gather(cfg, folder, work, source, files):
     tokenizer = tokenizers.get_tokenizer(cfg.tokenizer)
     dtype, eot, records = data.dtype_for(tokenizer.n_vocab), tokenizer.eot_token, [file.record() for file in files]
     split = {"seed": cfg.seed, "val_fraction": cfg.val_fraction}
+    made = make_folder(work)
     with contextlib.closing(token_file.TokenFile(work, settings, records, data.DTYPES[dtype], eot)) as store:
         try:
             encoder = encode(cfg, files, store, encoding.Encoder(cfg.tokenizer, store.use_gigatoken))
@@ -181,6 +182,7 @@ def _encode_and_gather(cfg, folder, work, source, files):
                 ends, orders = store.document_ends(), gathering.split(store.documents, cfg.val_fraction, cfg.seed)
             for name in orders:
                 (folder / f"{name}.bin").unlink(missing_ok=True)  # where the process ended before it wrote meta.json
+            remove_temporaries(folder)
             with Progress("gathering", 4 * store.size) as progress:
                 splits = gathering.gather(store.path, ends, orders, work, data.DTYPES[dtype], progress.update)
             if "by" in split:
@@ -192,6 +194,11 @@ def _encode_and_gather(cfg, folder, work, source, files):
                 OSError, ValueError
             ):  # if there is no space for this either, the last commit remains
                 store.commit()
+            if made and not store.size:  # refused before anything was encoded
+                shutil.rmtree(work, ignore_errors=True)
+                for place in made[1:]:
+                    with contextlib.suppress(OSError):
+                        place.rmdir()
             raise
         for name in orders:
             os.replace(work / f"{name}.bin", folder / f"{name}.bin")

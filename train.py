@@ -94,8 +94,6 @@ class Trainer:
         between: a signals.BetweenMicroBatches. False, with nothing changed, where it cut the step short; else True.
         """
         random_state = devices.random_state(self.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.cfg.learning_rate_at(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         loss, micro_batches = 0.0, list(zip(x.split(self.batch_size), y.split(self.batch_size), strict=True))
         for number, (micro_x, micro_y) in enumerate(micro_batches, start=1):
@@ -110,6 +108,8 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all shards
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.cfg.learning_rate_at(self.step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.unchecked.append((loss, norm))
@@ -272,7 +272,7 @@ class Trainer:
             if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
                 continue
             if self.world.rank == 0:
-                before = values[: step - self.step + 1]
+                before = values[: len(values) - (self.step - 1 - step)]
                 divergence.dump(self.folder, step, before, self.cfg.learning_rate_at(step), self.offsets(step))
             raise FloatingPointError(
                 f"step {step + 1}: loss {loss}, gradient norm {norm} (its batch: {self.folder / run_files.NONFINITE}); "

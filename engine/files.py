@@ -36,7 +36,7 @@ def write_atomically(path, write):
             first = first.__context__  # after a failed write torch.save raises another error, which hides the reason
         if isinstance(first, (OSError, RuntimeError)):
             raise ValueError(f"cannot write {path}: {reason(first)}; the file before, if any, is intact") from first
-        raise
+        raise first from None  # Ctrl-C, not what torch.save made of it
 
 
 def write_text(path, text):

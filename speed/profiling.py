@@ -2,6 +2,7 @@
 
 import re
 import time
+from pathlib import Path
 
 import torch
 
@@ -56,7 +57,13 @@ def profile(step, n_steps, device, path):
             step()
         hardware.synchronise(device)
         wall = time.perf_counter() - began
+    path.unlink(missing_ok=True)
     trace.export_chrome_trace(str(path))
+    if not path.exists():  # torch says nothing
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+        raise ValueError(
+            f"cannot write the trace {path}: is the disk full? Free some space, or choose another --out_dir"
+        )
     device_type = torch.autograd.DeviceType.CUDA if on_cuda else torch.autograd.DeviceType.CPU
     durations = [
         (event.key, (event.self_device_time_total if on_cuda else event.self_cpu_time_total) / 1e6)

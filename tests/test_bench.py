@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,33 @@ def quick(tmp_path, monkeypatch):
     return lambda **changes: bench.BenchConfig(**{**TINY, **SHORT, "device": "cpu", **changes})
 
 
+@pytest.fixture
+def full_disk():
+    """Lets no file grow above 20 kB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 # The command
+
+
+@pytest.mark.parametrize(
+    ("has_data", "words"),
+    [(False, "train.bin: File too large"), (True, "cannot write the trace .*baseline.json: is the")],
+)
+def test_a_full_disk_is_one_line(quick, request, full_disk, has_data, words):
+    if has_data:
+        request.getfixturevalue("tiny")
+    with pytest.raises(ValueError, match=words):
+        bench.bench(quick(only=("train",), profile=True, out_dir="out", repeats=1))
+    assert list(Path().glob("out/*")) == []
+
+
+def test_the_json_file_is_no_folder(quick):
+    with pytest.raises(ValueError, match="--json must name a file, got the folder"):
+        bench.bench(quick(json="."))
 
 
 def test_every_row_that_is_asked_for(quick, tmp_path, capsys):

@@ -50,8 +50,8 @@ def test_a_run_that_learns_hears_nothing(tiny, capsys):
     assert "warning" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("loss", [math.inf, math.nan])
-def test_what_is_not_finite_is_kept_with_its_batch(tiny, monkeypatch, loss):
+@pytest.mark.parametrize(("loss", "log_interval", "before"), [(math.inf, 3, 0), (math.nan, 5, 3), (math.nan, 1, 0)])
+def test_what_is_not_finite_is_kept_with_its_batch(tiny, monkeypatch, loss, log_interval, before):
     original = train.Trainer.update
 
     def poison(trainer, *batch):
@@ -61,9 +61,9 @@ def test_what_is_not_finite_is_kept_with_its_batch(tiny, monkeypatch, loss):
         return done
 
     monkeypatch.setattr(train.Trainer, "update", poison)
-    cfg = tiny(log_interval=3)
+    cfg = tiny(log_interval=log_interval)
     with pytest.raises(FloatingPointError, match=r"step 4: loss .*--resume and a smaller learning_rate"):
         train.train(cfg)
     found = train.read_json("run/nonfinite.json")
-    assert (found["step"], found["loss"], len(found["before"])) == (4, str(loss), 0)
+    assert (found["step"], found["loss"], len(found["before"])) == (4, str(loss), before)
     assert found["offsets"] == train.Trainer(tiny(out_dir="other")).offsets(3).tolist()

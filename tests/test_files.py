@@ -26,6 +26,37 @@ def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path, mon
     assert files.read_json(tmp_path / "a") == files.read_json(tmp_path / "b") == {"old": 1}
 
 
+@pytest.mark.parametrize("first", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()])
+def test_what_went_wrong_first_is_what_is_raised(tmp_path, first):
+    """torch.save raises a RuntimeError about positions where a write of its file object failed."""
+
+    def write(file):
+        try:
+            raise first
+        finally:
+            raise RuntimeError("unexpected pos 64 vs 0")
+
+    kind, words = (ValueError, "No space left") if isinstance(first, OSError) else (KeyboardInterrupt, None)
+    with pytest.raises(kind, match=words):
+        files.write_atomically(tmp_path / "a", write)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_a_file_is_not_replaced_by_one(tmp_path):
+    os.mkfifo(tmp_path / "a")
+    with pytest.raises(ValueError, match="something that is not a file"):
+        files.write_text(tmp_path / "a", "text")
+    assert (tmp_path / "a").is_fifo()
+
+
+def test_the_names_of_new_folders_are_flushed(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(files, "sync_folder", flushed.append)
+    assert files.make_folder(tmp_path / "a/b") == [tmp_path / "a/b", tmp_path / "a"]
+    assert flushed == [tmp_path / "a", tmp_path]
+    assert files.make_folder(tmp_path / "a/b") == []
+
+
 def test_temporary_files_of_writers_that_were_killed_go(tmp_path):
     (tmp_path / ".ckpt.pt.123.tmp").touch()
     (tmp_path / "kept.tmp").touch()
@@ -36,8 +67,10 @@ def test_temporary_files_of_writers_that_were_killed_go(tmp_path):
 def test_a_link_is_the_file_that_was_there_then(tmp_path):
     files.write_text(tmp_path / "a", "first")
     files.link(tmp_path / "a", "b")
+    files.link(tmp_path / "a", "b")  # renaming a name of a file to another name of it does nothing
     files.write_text(tmp_path / "a", "second")
     assert (tmp_path / "b").read_text() == "first"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
 @pytest.mark.parametrize(

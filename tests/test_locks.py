@@ -1,5 +1,6 @@
 """One run folder, one writer."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -66,3 +67,12 @@ def test_a_refused_start_leaves_nothing(tmp_path):
     Path(tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot make the folder"), locks.only_writer(tmp_path / "file/run"):
         pass
+
+
+def test_a_lock_holds_without_space_for_its_note(tmp_path, monkeypatch):
+    def no_space(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", no_space)
+    with locks.only_writer(tmp_path / "run"):
+        assert locks.is_locked(tmp_path / "run.lock") and locks.read_note(tmp_path / "run.lock") == {}

@@ -158,6 +158,19 @@ def test_a_corrected_column_is_no_other_preparation(tmp_path, refuses, command, 
     assert read_bins(tmp_path / "out") == reference(texts)
 
 
+def test_what_is_refused_before_anything_is_encoded_leaves_nothing(tmp_path, refuses):
+    pattern = write_shards(tmp_path / "in", make_texts(30))
+    refuses(*arguments(pattern, tmp_path / "new/out", "--text_column=none"), words=["has no column 'none'"])
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_what_a_kill_left_of_the_manifest_goes(tmp_path):
+    (tmp_path / "out/unfinished").mkdir(parents=True)
+    (tmp_path / "out/.meta.json.123.tmp").touch()
+    prepare(write_shards(tmp_path / "in", make_texts(30)), tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
 def test_the_state_of_another_version_is_one_line(tmp_path, refuses):
     call = arguments(write_shards(tmp_path / "in", make_texts(30)), tmp_path / "out")
     state = tmp_path / "out" / "unfinished" / "state.json"

@@ -46,6 +46,18 @@ def test_what_a_kill_left_undone_is_made_good_on_resume(tiny, monkeypatch):
     assert not Path("run/.ckpt.pt.99999.tmp").exists()
 
 
+def test_a_checkpoint_that_resume_writes_again_is_the_same(tiny, monkeypatch):
+    """Killed between the last checkpoint and summary.json."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train.runlog, "summary", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.train(tiny(max_iters=20))
+    before = checkpoint.load("run/ckpt.pt")["optimizer"]["param_groups"]
+    train.train(tiny(max_iters=20, resume=True))
+    assert checkpoint.load("run/ckpt.pt")["optimizer"]["param_groups"] == before
+    assert before[0]["lr"] < tiny().learning_rate
+
+
 @pytest.mark.parametrize("when", ["start", "first step"])
 def test_a_start_that_fails_leaves_no_run(tiny, monkeypatch, when):
     def fail(*_):
