@@ -76,6 +76,8 @@ class Preparation:
         wrong = [name for name in {*found, *self.expected} if found.get(name) != self.expected.get(name)]
         if wrong:
             return f"other content in {', '.join(sorted(wrong))}", None
+        if "is prepared already" in done.out:
+            return "", 0
         resumed = re.search(r"resuming after ([\d,]+) documents", done.out)
         return "", max(0, reached - int(resumed[1].replace(",", "")) if resumed else reached)
 
