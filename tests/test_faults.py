@@ -12,9 +12,9 @@ from configurator import ROOT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the trials need fork, /proc and flock")
 
-# Trials of each kind, so many that all take half a minute.
-SHORT = "kills=16 power_cuts=12 signals=12 double_starts=2 double_resumes=2 prepare_kills=10 prepare_power_cuts=10"
-SHORT += " sweep_kills=4 full_disks=1 names=5 options=200 flips=200 truncations=200 steps=0 seed=1"
+# Trials of each kind, so many that all take about twenty seconds.
+SHORT = "kills=8 power_cuts=6 signals=6 double_starts=1 double_resumes=1 prepare_kills=5 prepare_power_cuts=5"
+SHORT += " sweep_kills=2 full_disks=1 names=5 options=100 flips=100 truncations=100 steps=0 seed=1"
 
 
 def run(code=("-m", "tests.faults"), **options):
@@ -25,6 +25,7 @@ def run(code=("-m", "tests.faults"), **options):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
 
 
+@pytest.mark.slow
 def test_few_trials_of_each_kind_survive(tmp_path):
     done = run(**dict(option.split("=") for option in SHORT.split()), out=tmp_path / "table.md")
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
@@ -35,13 +36,13 @@ def test_few_trials_of_each_kind_survive(tmp_path):
         assert tried == survived, row
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_does_not_grow_over_ten_thousand_steps(tmp_path):
     done = run(only="steps", steps=10_000, out=tmp_path / "table.md")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_each_command_survives_full_disks_of_many_sizes(tmp_path):
     done = run(only="full_disks", full_disks=8, out=tmp_path / "table.md")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -70,7 +71,7 @@ BROKEN = {  # what is broken -> (the trials that must notice it, how it is broke
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("what", BROKEN)
 def test_what_is_broken_is_noticed(tmp_path, what):
     options, patch = BROKEN[what]
