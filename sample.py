@@ -134,7 +134,6 @@ def sample(cfg):
     model.to(compute.device)
     decode.lay_out(model, cfg.num_samples, compute.dtype)
     generator = torch.Generator(compute.device).manual_seed(cfg.seed)
-    print(f"{path}, step {state['step']}", file=sys.stderr)
 
     with (
         tqdm(total=cfg.num_samples * cfg.max_new_tokens, unit="token", disable=not sys.stderr.isatty()) as bar,
@@ -153,6 +152,7 @@ def sample(cfg):
             cfg.compile,
             bar.update,
         )
+    print(f"{path}, step {state['step']}", file=sys.stderr)  # now that nothing can be refused any more
     texts = []
     for row in tokens.tolist():
         # Ids in the padded part of the vocabulary mean nothing; an untrained model may still draw them.

@@ -172,6 +172,8 @@ def trial(command, argv, root):
     except TooLong:
         return "accepted, too long", ""
     except BaseException as error:
+        if isinstance(error.__context__, TooLong):  # the alarm came while a lock was being taken
+            return "accepted, too long", ""
         where = traceback.extract_tb(error.__traceback__)[-1]
         return "traceback", f"{type(error).__name__}: {error} ({where.filename}, line {where.lineno})"
     errors = streams[1].getvalue()
