@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from engine import runlog
-from engine.files import write_json
+from engine.files import write_json, write_text
 from studies import drawing, page
 
 FILES = ("results.json", "table.md", "figure1.png", "figure2.png")
@@ -52,10 +52,10 @@ def write(cfg, results, samples):
     folder = Path(cfg.out_dir)
     facts = {"git_commit": runlog.git_commit(), "versions": runlog.versions()}
     write_json(folder / "results.json", {"config": dataclasses.asdict(cfg), **facts, "runs": results})
-    (folder / "table.md").write_text(
+    write_text(
+        folder / "table.md",
         f"{table(results)}\n\nMeans over {cfg.test_samples:,} held-out inputs, ± the standard deviation over seeds; "
         f"{describe_training(cfg)}.\n",
-        encoding="utf-8",
     )
     for name, measure in zip(FILES[2:], MEASURES, strict=True):
         draw(cfg, results, samples, measure, folder / name)

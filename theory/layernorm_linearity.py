@@ -13,6 +13,7 @@ import torch
 
 import configurator
 from configurator import FilePath, require
+from engine.files import make_folder, write_text
 from studies import drawing, page
 from theory.layernorm import centre, lemma_8_1, operator_norm
 
@@ -164,10 +165,10 @@ def main(argv):
     """The command; see the module's docstring."""
     cfg = configurator.parse(LinearityConfig, argv)
     folder = Path(cfg.out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     summary = summarise(measure(cfg))
     text = table(summary)
-    (folder / "table.md").write_text(f"{text}\n", encoding="utf-8")
+    write_text(folder / "table.md", f"{text}\n")
     draw(summary, folder / "linearity.png")
     print(f"{text}\n\nwrote {folder}/table.md, {folder}/linearity.png")
 

@@ -21,7 +21,7 @@ import configurator
 import data
 from configurator import FilePath, require
 from engine import checkpoint, devices
-from engine.files import write_json
+from engine.files import write_json, write_text
 from studies import drawing, page
 from theory.weights import build_model, check_known, condition_number, read_weights
 
@@ -356,7 +356,7 @@ def main(argv):
     entries = {**found, "layers": [asdict(layer) for layer in found["layers"]], "options": asdict(cfg)}
     write_json(folder / "layers.json", entries)
     draw(found, folder / "spectra.png")
-    (folder / "report.md").write_text(f"{text}\n\n{LEGEND}\n\n![Spectra](spectra.png)\n", encoding="utf-8")
+    write_text(folder / "report.md", f"{text}\n\n{LEGEND}\n\n![Spectra](spectra.png)\n")
     print(f"{text}\n\nwrote {folder}/report.md, {folder}/layers.json, {folder}/spectra.png")
 
 
