@@ -124,13 +124,17 @@ def smaller_batch_size(n_sequences, limit):
 
 
 def check_memory(cfg, device, n_shards):
-    """Raise ValueError for a TrainConfig whose weights, gradients and AdamW averages alone exceed the memory."""
-    needed = 16 * cost(cfg.model_config()).total // n_shards
+    """Raise ValueError for a TrainConfig whose weights, gradients and AdamW averages alone exceed the memory.
+
+    To evaluate needs the weights alone.
+    """
+    what, size = ("the weights", 4) if cfg.eval_only else ("weights, gradients and AdamW", 16)  # bytes per parameter
+    needed = size * cost(cfg.model_config()).total // n_shards
     available = memory_bytes(device)
     if available and needed > available:
         sizes = f"n_layer={cfg.n_layer}, n_embd={cfg.n_embd} and vocab_size={cfg.vocab_size}"
         raise ValueError(
-            f"{sizes} need {needed / 1e9:,.1f} GB for weights, gradients and AdamW, more than the "
+            f"{sizes} need {needed / 1e9:,.1f} GB for {what}, more than the "
             f"{available / 1e9:,.1f} GB of {describe_device(device)}: make the model smaller"
         )
 
@@ -201,7 +205,7 @@ def device_name(device):
 def describe_device(device):
     """The device's name, for people: a GPU's own, or 'CPU (2 threads)'."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return device_name(device)
     threads = torch.get_num_threads()
     return f"CPU ({threads} thread{'s' if threads > 1 else ''})"
 

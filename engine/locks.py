@@ -47,13 +47,13 @@ def acquire(path, wait=False):
 
 
 def is_locked(path):
-    """Whether some process holds the lock file at path."""
+    """Whether some process holds the lock file at path. Who looks needs no right to write, and is not taken for it."""
     try:
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = os.open(path, os.O_RDONLY)
     except OSError:
         return False
     try:
-        return not _lock(descriptor, path, wait=False)
+        return not _lock(descriptor, path, wait=False, shared=True)
     finally:
         os.close(descriptor)
 
@@ -66,10 +66,11 @@ def _is_file(descriptor, path):
         return False
 
 
-def _lock(descriptor, path, wait):
+def _lock(descriptor, path, wait, shared=False):
     try:
         if fcntl:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(descriptor, kind | (0 if wait else fcntl.LOCK_NB))
         else:
             msvcrt.locking(descriptor, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
     except (BlockingIOError, PermissionError):

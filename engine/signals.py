@@ -20,7 +20,7 @@ class StopSignal:
     def _request(self, *_):
         self.requested = True
         self.__exit__()
-        os.write(2, b"\nstopping after this micro-batch; once more to stop at once\n")  # print may not be re-entered
+        os.write(2, b"\nstopping; once more to stop at once\n")  # print may not be re-entered
 
 
 class BetweenMicroBatches:

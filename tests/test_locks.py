@@ -1,6 +1,7 @@
 """One run folder, one writer."""
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -46,6 +47,17 @@ def test_a_crash_releases_the_lock(tmp_path, holder):
     holder.wait()
     with locks.only_writer(tmp_path / "out/a"):
         pass
+
+
+def test_who_looks_at_a_lock_does_not_hold_it(tmp_path):
+    path = tmp_path / "run.lock"
+    os.close(locks.acquire(path))
+    with open(path) as file:  # as another watcher does
+        fcntl.flock(file, fcntl.LOCK_SH)
+        assert not locks.is_locked(path)
+    lock = locks.acquire(path)
+    assert locks.is_locked(path)
+    os.close(lock)
 
 
 def test_a_child_keeps_the_lock_that_its_parent_passes_on(tmp_path, monkeypatch):
