@@ -76,6 +76,8 @@ class Trainer:
             torch.manual_seed(cfg.seed + 2**32 * world.rank)  # other units drop out than in the first process
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
+        elif self.device.type == "cpu":
+            devices.keep_freed_memory()
         if cfg.recompute:
             devices.checkpoint_activations(self.model)
         self.fast_model = distributed.wrap_model(self.model, self.compute.compile, cfg.shard, world, self.device)

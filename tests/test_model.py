@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import configurator
-from model import GPT, GPTConfig, ParamCount, attend
+from engine.attention import LONGEST, attend, attend_by_products
+from model import GPT, GPTConfig, ParamCount
 from train import TrainConfig
 
 CONFIG = Path(__file__).resolve().parents[1] / "config"
@@ -240,14 +241,14 @@ def test_a_sequence_longer_than_the_block_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("T", "training", "computed"),
-    [(8, True, "float32"), (8, False, "bfloat16"), (1024, True, "float32"), (1025, True, "bfloat16")],
+    ("T", "training", "by_products"),
+    [(8, True, True), (8, False, False), (LONGEST, True, True), (LONGEST + 1, True, False)],
 )
-def test_attention_on_a_cpu_is_in_float32_where_short_sequences_train(monkeypatch, T, training, computed):
+def test_attention_on_a_cpu_is_two_products_where_short_sequences_train(monkeypatch, T, training, by_products):
     seen, function = [], F.scaled_dot_product_attention
 
     def spy(q, k, v, **options):
-        seen.append(torch.bfloat16 if torch.is_autocast_enabled("cpu") else q.dtype)
+        seen.append(q)
         return function(q, k, v, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
@@ -255,13 +256,33 @@ def test_attention_on_a_cpu_is_in_float32_where_short_sequences_train(monkeypatc
     q, k, v = (torch.randn(1, 1, T, 16, requires_grad=True) for _ in range(3))
     with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(training):
         y = attend(q, k.bfloat16(), v.bfloat16(), is_causal=True, scale=0.3)
-    assert y.dtype == torch.bfloat16 and seen == [getattr(torch, computed)]
+    assert y.dtype == torch.bfloat16 and bool(seen) != by_products
     expected = function(q, k, v, is_causal=True, scale=0.3)
     torch.testing.assert_close(y.float(), expected, atol=0.03, rtol=0.03)
     if training:
         found, exact = (torch.autograd.grad(out.float().sum(), (q, k, v)) for out in (y, expected))
         for ours, theirs in zip(found, exact, strict=True):
             assert (ours - theirs).norm() < 0.03 * max(1, theirs.norm())
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 2), st.integers(1, 20), st.booleans())
+def test_attention_by_products_is_the_kernel_s(B, kv_heads, group, T, is_causal):
+    q = torch.randn(B, kv_heads * group, T, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(B, kv_heads, T, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    options = dict(is_causal=is_causal, scale=0.7, enable_gqa=group > 1)
+    ours, theirs = attend_by_products(q, k, v, **options), F.scaled_dot_product_attention(q, k, v, **options)
+    torch.testing.assert_close(ours, theirs)
+    weight = torch.randn_like(ours)
+    for found, exact in zip(*(torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (ours, theirs)), strict=True):
+        torch.testing.assert_close(found, exact)
+
+
+def test_dropout_of_attention_by_products_drops_weights_and_scales_the_rest():
+    q, k = torch.zeros(1, 1, 64, 4), torch.zeros(1, 1, 64, 4)  # every weight is 1/64
+    v = torch.eye(64).view(1, 1, 64, 64)  # so that the output is the weights
+    weights = attend_by_products(q, k, v, scale=1.0, dropout_p=0.25) * 64
+    torch.testing.assert_close(weights, (weights > 0) * 4 / 3)
+    assert abs((weights == 0).float().mean() - 0.25) < 0.04
 
 
 @pytest.mark.parametrize("hidden", [1, 427, 2976, 3199])
