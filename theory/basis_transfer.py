@@ -124,6 +124,8 @@ def choose_dtype(name, device):
     if name == "tf32" and device.type != "cuda":
         raise ValueError("dtype=tf32 needs a CUDA GPU: use float32, bfloat16 or auto")
     if name != "auto":
+        if name == "bfloat16" and device.type == "cpu":
+            devices.warn_of_slow_products(torch.bfloat16)
         return name
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "tf32"
