@@ -6,7 +6,7 @@
 PYTHON ?= python3
 # Options of the demo's two runs, such as DEMO="--max_iters=100".
 DEMO ?=
-# Options of make architectures, such as ARCHITECTURES="--jobs=2".
+# Options of make architectures, such as ARCHITECTURES="--jobs=1".
 ARCHITECTURES ?=
 
 BIN := .venv/bin

@@ -1,6 +1,6 @@
 # Each architecture that the paper names, with and without W_Q. Losses are comparable within a pair only: the encoder,
 # for example, has a different objective.
-#     python sweep.py config/study_arch.py config/quick.py --jobs=2
+#     python sweep.py config/study_arch.py config/quick.py
 _overlays = ["rope", "gqa", "mqa", "rmsnorm", "dyt", "nonorm", "parallel", "shared", "moe", "encoder"]
 _files = {"": "", **{f"{_name}-": f"config/{_name}.py " for _name in _overlays}}
 

@@ -1,6 +1,6 @@
 # Does the difference close with training? From a quarter of the size's steps to four times as many, each length with a
 # schedule of its own: warm-up in proportion, and a cosine that ends with the run.
-#     python sweep.py config/study_length.py config/quick.py --jobs=2
+#     python sweep.py config/study_length.py config/quick.py
 arms = {"baseline": "config/baseline_tied.py", "reduced": "config/reduced_tied.py"}
 control = "baseline"
 settings = "--lr_decay_iters=none"

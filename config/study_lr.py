@@ -1,5 +1,5 @@
 # Each arm at learning rates around the size's own, by factors of two: the fair comparison is best against best.
-#     python sweep.py config/study_lr.py config/quick.py --jobs=2
+#     python sweep.py config/study_lr.py config/quick.py
 arms = {"baseline": "config/baseline_tied.py", "reduced": "config/reduced_tied.py"}
 control = "baseline"
 seeds = [1, 2, 3]

@@ -1,5 +1,5 @@
 # The paper's Table 2, with five seeds to tell a difference from noise.
-#     python sweep.py config/study_table2.py config/quick.py --jobs=2
+#     python sweep.py config/study_table2.py config/quick.py
 arms = {
     "baseline_tied": "config/baseline_tied.py",
     "reduced_tied": "config/reduced_tied.py",

@@ -1,5 +1,5 @@
 # Which of W_Q, W_K and W_V can be the identity? The arms differ in nothing else; each has both attention scales.
-#     python sweep.py config/study_which.py config/quick.py --jobs=2
+#     python sweep.py config/study_which.py config/quick.py
 arms = {
     "baseline": "config/baseline_tied.py",
     "wq_identity": "config/baseline_tied.py --wq_identity",

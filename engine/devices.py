@@ -21,6 +21,7 @@ from engine.flops import cost
 from engine.linear_cross_entropy import linear_cross_entropy
 
 DEVICE_TYPES = ("cpu", "cuda", "mps")
+TRAINING_BYTES = 16  # for each parameter: its weight, gradient and two AdamW averages, in float32
 NO_MEMORY = "can't allocate memory"  # as torch says on a CPU
 
 
@@ -152,7 +153,7 @@ def check_memory(cfg, device, n_shards):
 
     To evaluate needs the weights alone.
     """
-    what, size = ("the weights", 4) if cfg.eval_only else ("weights, gradients and AdamW", 16)  # bytes per parameter
+    what, size = ("the weights", 4) if cfg.eval_only else ("weights, gradients and AdamW", TRAINING_BYTES)
     needed = size * cost(cfg.model_config()).total // n_shards
     available = memory_bytes(device)
     if available and needed > available:

@@ -24,7 +24,7 @@ import configurator
 import report
 import sweep
 import train
-from engine import locks, run_files
+from engine import devices, locks, run_files
 from engine.flops import cost
 from studies import store, workers
 from train_config import NO_PART_OF_RESULT, TrainConfig
@@ -183,7 +183,7 @@ def test_a_lock_is_free_when_its_last_holder_is_killed(tmp_path):
 
 
 def test_failures_are_reported_at_the_end_and_tried_again(files, fake, command):
-    argv = [*files(TWO_ARMS + "grid = {'n_layer': [3, 2]}\nseeds = [1]"), "--out_dir=out"]
+    argv = [*files(TWO_ARMS + "grid = {'n_layer': [3, 2]}\nseeds = [1]"), "--out_dir=out", "--jobs=1"]
     code, out, _ = command(sweep.main, *argv)
     assert code == 1
     names = [f"{arm},n_layer={n}" for n in (3, 2) for arm in ("baseline", "reduced")]
@@ -209,7 +209,7 @@ def test_the_command_that_compares_the_runs_can_be_pasted(files, fake, command):
 
 
 def test_a_run_that_diverged_is_not_tried_again_until_its_file_is_deleted(files, fake, command):
-    argv = [*files(TWO_ARMS + "grid = {'n_layer': [5, 2, 3]}\nseeds = [1]"), "--out_dir=out"]
+    argv = [*files(TWO_ARMS + "grid = {'n_layer': [5, 2, 3]}\nseeds = [1]"), "--out_dir=out", "--jobs=1"]
     names = [f"{arm},n_layer={n}" for n in (5, 2, 3) for arm in ("baseline", "reduced")]
     code, out, _ = command(sweep.main, *argv)
     assert code == 1
@@ -369,3 +369,11 @@ def test_the_last_step_is_found_in_a_long_file_whose_last_line_is_incomplete(tmp
     lines = [json.dumps({"step": step, "kind": "train", "loss": "x" * 1000}) for step in range(300)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 300, "kin')
     assert run_files.last_step(tmp_path) == 299
+
+
+def test_a_cpu_has_a_run_for_each_core_as_far_as_the_memory_reaches(files, monkeypatch):
+    runs, _ = planned(*files(), "--out_dir=out")
+    monkeypatch.setattr(devices, "available_cpus", lambda: 6)
+    for gib, jobs in ((64, 6), (8, 4), (1, 1)):
+        monkeypatch.setattr(devices, "memory_bytes", lambda _, gib=gib: gib * 2**30)
+        assert sweep.jobs_of_a_cpu(runs) == jobs
