@@ -40,6 +40,7 @@ Part, Peer = Literal[PARTS], Literal[tuple(peer.NAMES)]
 PROFILED_MICRO_BATCHES = 3  # or those of one step, if it has more
 # Options of train.py that a benchmark cannot have, and the value that they must keep.
 REFUSED = dict(resume=False, eval_only=False, diagnostics=False, wandb_log=False, init_from="scratch", shard="none")
+REFUSED |= dict(branch_from=None, max_seconds=None)
 # Options that --plan would ignore.
 MEASURING = "only peer peer_dtype nanogpt profile repeats warmup min_seconds micro_batches".split()
 MEASURING += "decode_prompt decode_tokens decode_batch decode_compile uncached".split()

@@ -14,13 +14,14 @@ unless its nonfinite.json is deleted.
 """
 
 import dataclasses
+import functools
 import os
 import shlex
 from dataclasses import dataclass
 
 import configurator
 import data
-from engine import devices, run_files
+from engine import devices, run_files, signals
 from engine.files import read_json
 from engine.flops import cost
 from studies import status, store, study_file, workers
@@ -42,11 +43,12 @@ class SweepConfig:
     array_index: int = 0  # the number of this job in a job array, from 0; --index is an alias
     array_size: int = 1  # the number of jobs in the array, which divide the runs between them; --of is an alias
     dry_run: bool = False  # print commands, tokens and FLOPs, and run nothing
+    max_seconds: float | None = None  # of this process, after which it stops its runs, with checkpoints; none: no limit
     fail_fast: bool = False  # stop all runs when one fails; a run that diverges does not count as failed
     watch: float = 0.0  # seconds after which the state of the runs is shown again, running nothing; 0: off
 
     def __post_init__(self):
-        configurator.require(self, positive="jobs array_size", not_negative="watch")
+        configurator.require(self, positive="jobs array_size max_seconds", not_negative="watch")
         if not 0 <= self.array_index < self.array_size:
             raise ValueError(
                 f"array_index must be from 0 to array_size - 1 = {self.array_size - 1}, got {self.array_index}"
@@ -94,11 +96,12 @@ def jobs_of_a_cpu(runs):
     return max(1, min(devices.available_cpus(), memory // 2 // max(largest, 2**30)))
 
 
-def sweep(cfg, options=()):
+def sweep(cfg, options=(), began=None):
     """Run a study as cfg, a SweepConfig, says; options: arguments of train.py for every run. Returns the exit status.
 
-    0: all runs of this job are finished; 1: some failed or diverged; 130: a signal stopped them. Raises ValueError for
-    a mistake before the first run is started.
+    0: all runs of this job are finished; 1: some failed or diverged; 130: a signal stopped them; 75: the end of
+    max_seconds did, which count from began, a time.monotonic() (None: now). Raises ValueError for a mistake before the
+    first run is started.
     """
     folder = study_folder(cfg)
     if cfg.watch:
@@ -118,13 +121,14 @@ def sweep(cfg, options=()):
     gpus = visible_gpus() if any(run.config.device in ("auto", "cuda") for run in runs) else []
     jobs = cfg.jobs or len(gpus) or jobs_of_a_cpu(runs)
     execution = workers.Execution(runs, jobs, gpus if len(gpus) > 1 else ())
-    result = execution.execute(cfg.fail_fast)
-    print_outcome(execution, result, folder)
-    return {True: 0, False: 1, None: 130}[result]
+    stop = signals.StopSignal(cfg.max_seconds, began)
+    result = execution.execute(cfg.fail_fast, stop)
+    print_outcome(execution, result, folder, stop)
+    return {True: 0, False: 1, None: stop.exit_status}[result]
 
 
-def print_outcome(execution, result, folder):
-    """Print which runs failed or diverged, and what to do next. result: that of Execution.execute."""
+def print_outcome(execution, result, folder, stop):
+    """Print which runs failed or diverged, and what to do next. result: that of Execution.execute with stop."""
     n_runs, n_failed, n_diverged = len(execution.runs), len(execution.failed), len(execution.diverged)
     for run, why in execution.failed.items():
         text = run.log.read_text(encoding="utf-8", errors="replace") if run.log.exists() else ""
@@ -136,7 +140,7 @@ def print_outcome(execution, result, folder):
     if n_diverged:
         print(f"{n_diverged} of {n_runs} runs diverged; to try one again, delete its {run_files.NONFINITE}")
     if result is None:
-        print("stopped; repeat the command to continue")
+        print(f"stopped{stop.why}; repeat the command to continue")
     elif n_failed:
         print(f"{n_failed} of {n_runs} runs failed; repeat the command to try them again")
     else:
@@ -145,8 +149,8 @@ def print_outcome(execution, result, folder):
         print(f"{finished} runs are finished; compare them with: {command}")
 
 
-def main(argv):
-    """The command; see the module's docstring."""
+def main(argv, began=None):
+    """The command; see the module's docstring. began: the time.monotonic() from which max_seconds counts; None: now."""
     own, fields = configurator.field_types(SweepConfig), configurator.field_types(TrainConfig)
     of_sweep, of_runs = [], []
     for argument in argv:
@@ -157,8 +161,8 @@ def main(argv):
         if is_of_runs:
             configurator.known(name, own | fields, configurator.COMMAND_LINE)
         (of_runs if is_of_runs else of_sweep).append(argument)
-    return sweep(configurator.parse(SweepConfig, of_sweep, positional="files"), of_runs)
+    return sweep(configurator.parse(SweepConfig, of_sweep, positional="files"), of_runs, began)
 
 
 if __name__ == "__main__":
-    configurator.run(main)
+    configurator.run(functools.partial(main, began=signals.process_start()))

@@ -4,6 +4,7 @@ python train.py config/reduced_tied.py                          the paper's prot
 python train.py config/quick.py config/reduced_tied.py          the same in two CPU minutes, on the embedded corpus
 python train.py config/reduced_tied.py --resume                 go on with that run
 python train.py config/reduced_tied.py --weight_decay=2**-6 --out_dir=out/wd6
+python train.py --branch_from=out/wd6/ckpt.pt --max_iters=110_000 --out_dir=out/longer     go on, in another folder
 torchrun --nproc_per_node=8 train.py config/reduced_tied.py     the same run on eight GPUs
 """
 
@@ -11,6 +12,7 @@ import contextlib
 import dataclasses
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +20,10 @@ import torch
 
 import configurator
 import data
-from engine import checkpoint, devices, diagnostics, distributed, divergence, locks, run_files, runlog
+from engine import checkpoint, devices, diagnostics, distributed, divergence, locks, resuming, run_files, runlog
 from engine.attention import prefer_attention
-from engine.files import link, read_json
-from engine.signals import BetweenMicroBatches, StopSignal
+from engine.files import read_json
+from engine.signals import BetweenMicroBatches, StopSignal, process_start
 from model import GPT
 from train_config import TrainConfig
 
@@ -64,13 +66,13 @@ class Trainer:
         self.offsets(step=0)  # raises while nothing is written if there are too few tokens
         self.all_windows = data.evaluation_offsets(len(self.bins.val), cfg.block_size)
         self.some_windows = data.evaluation_offsets(len(self.bins.val), cfg.block_size, cfg.eval_windows)
-        state = self.own_checkpoint()
+        state = resuming.find_checkpoint(cfg, world.say)
         torch.manual_seed(cfg.seed)
         self.model = GPT(cfg.model_config(), self.compute.linear_loss)
         if state is not None:
             checkpoint.load_weights(self.model, state)
-        elif cfg.init_from != "scratch":
-            self.begin_with(checkpoint.load(cfg.init_from))
+        elif cfg.init_from != resuming.SCRATCH:
+            resuming.take_weights(self, checkpoint.load(cfg.init_from))
         self.model.to(self.device)
         if world.rank:
             torch.manual_seed(cfg.seed + 2**32 * world.rank)  # other units drop out than in the first process
@@ -84,11 +86,12 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, cfg, self.device.type)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.compute.dtype == torch.float16)
         self.step, self.best_val_loss, self.links = 0, math.inf, []
+        self.past = None  # of a branch: what the run that it comes from says of the steps before
         self.train_seconds = 0.0  # in optimizer steps, over all segments of the run
         self.started = time.perf_counter()
         self.unchecked = []  # (loss, gradient norm) of the steps since the device was last waited for
         if state is not None:
-            self.restore(state)
+            resuming.restore(self, state)
 
     def update(self, x, y, between=None):
         """One optimizer step on x and y, (sequences, block_size) int64 each, without waiting for the device.
@@ -176,84 +179,6 @@ class Trainer:
         """Inputs and targets of the validation windows at offsets; the masks of a window are the same in every run."""
         return self.examples(self.bins.val, offsets, data_seed=0, numbers=offsets)
 
-    def own_checkpoint(self):
-        """The latest checkpoint of the run folder, if cfg goes on with it. Raises ValueError for a run in the way."""
-        cfg, path = self.cfg, self.folder / run_files.CHECKPOINT
-        if run_files.holds_run(self.folder) and not (cfg.resume or cfg.eval_only):
-            raise ValueError(
-                f"{self.folder} already contains a run: continue it with --resume, or choose another --out_dir"
-            )
-        if cfg.resume and not path.exists():
-            self.world.say(f"{self.folder} has no checkpoint yet: the run begins at step 0")
-        elif cfg.resume or (cfg.eval_only and cfg.init_from == "scratch"):
-            state = checkpoint.load(path)
-            if "optimizer" not in state:
-                raise ValueError(f"{path} has weights and no optimizer state: start from it with --init_from={path}")
-            changed = checkpoint.check_same_run(state, dataclasses.asdict(cfg), path)
-            if changed and not cfg.eval_only:
-                self.world.say(f"changed since the checkpoint: {'; '.join(changed)}")
-            return state
-        return None
-
-    def begin_with(self, state):
-        """Take over the weights of another run's checkpoint. Raises ValueError when they cannot be those of cfg."""
-        checkpoint.load_weights(self.model, state)
-        differences = checkpoint.differing(state["model_config"], dataclasses.asdict(self.model.config))
-        if differences and self.cfg.eval_only:
-            raise ValueError(f"{self.cfg.init_from} can only be evaluated as it is: {'; '.join(differences)}")
-        for text in differences:
-            self.world.say(f"{self.cfg.init_from}: {text}")
-
-    def restore(self, state):
-        """Take over everything but the weights from a checkpoint."""
-        own = self.optimizer.param_groups
-        options = [{name: group[name] for name in group if name not in ("params", "lr")} for group in own]
-        self.optimizer.load_state_dict(distributed.shard_optimizer_state(self.optimizer, state["optimizer"]))
-        for group, values in zip(self.optimizer.param_groups, options, strict=True):
-            group.update(values)  # weight decay and betas are cfg's, not the checkpoint's
-        self.scaler.load_state_dict(state["scaler"])
-        self.step, self.best_val_loss = state["step"], state["best_val_loss"]
-        self.links = state.get("links", [])
-        self.train_seconds = state["train_seconds"]
-        self.started -= state["wall_seconds"]
-        if self.world.rank == 0:  # the checkpoint has the random state of the first process
-            devices.set_random_state(state["rng"], self.device)
-        else:
-            torch.manual_seed(self.cfg.seed + 2**32 * self.world.rank + self.step)
-        there, here = state["data_fingerprint"], self.bins.fingerprint
-        if there != here:
-            self.world.say(f"warning: the data ({here}) is not the checkpoint's ({there})")
-
-    def save(self, is_best=False):
-        """Write ckpt.pt, which best.pt and the checkpoint of a step in save_steps stand for, too, where that is due."""
-        weights = distributed.gather_full_state_dict(self.model.state_dict())
-        optimizer = distributed.gather_full_state_dict(self.optimizer.state_dict())
-        if self.world.rank:
-            return
-        self.links = [run_files.BEST] if is_best else []
-        self.links += [f"step_{self.step:06d}.pt"] if self.step in self.cfg.save_steps else []
-        checkpoint.save(
-            self.folder / run_files.CHECKPOINT,
-            links=self.links,
-            model=weights,
-            model_config=dataclasses.asdict(self.model.config),
-            optimizer=optimizer,
-            scaler=self.scaler.state_dict(),
-            step=self.step,
-            rng=devices.random_state(self.device),
-            best_val_loss=self.best_val_loss,
-            config=dataclasses.asdict(self.cfg),
-            data_fingerprint=self.bins.fingerprint,
-            train_seconds=self.train_seconds,
-            wall_seconds=time.perf_counter() - self.started,
-        )
-        self.make_links()
-
-    def make_links(self):
-        """Have the names in `links` stand for ckpt.pt, too; again on resume, should a kill have come between."""
-        for name in self.links if self.world.rank == 0 else ():
-            link(self.folder / run_files.CHECKPOINT, name)
-
     def start_clock(self):
         """Time the steps from here to the next check."""
         self.clock = time.perf_counter()
@@ -288,13 +213,14 @@ class Trainer:
         }
 
 
-def train(cfg):
+def train(cfg, stop=None):
     """Train as cfg says; the content of summary.json, or None when the run was stopped before its end.
 
+    stop: the signals.StopSignal that stops it; None: one whose time begins now.
     Raises ValueError before anything is written when cfg, the data and the run folder do not agree, and
     FloatingPointError when a loss or a gradient is not finite.
     """
-    world = distributed.start()
+    world, stop = distributed.start(), stop or StopSignal(cfg.max_seconds)
     writes = world.rank == 0 and not cfg.eval_only
     with locks.only_writer(cfg.out_dir) if writes else contextlib.nullcontext():
         run = Trainer(cfg, world)
@@ -311,13 +237,13 @@ def train(cfg):
         start_log = runlog.Silence if world.rank else runlog.RunLog
         watch = divergence.Watch(run.folder, cfg.vocab_size)
         with (
-            run_files.no_trace_of_a_failed_start(run.folder) if world.rank == 0 else contextlib.nullcontext(),
-            start_log(cfg.out_dir, dataclasses.asdict(cfg), runlog.facts(run), run.step) as log,
+            run_files.no_trace_of_a_failed_start(run.folder, run.step) if world.rank == 0 else contextlib.nullcontext(),
+            start_log(cfg.out_dir, dataclasses.asdict(cfg), runlog.facts(run), run.step, run.past) as log,
             prefer_attention(run.device),
-            StopSignal() as stop,
+            stop,
         ):
             log.say(runlog.header(run))
-            run.make_links()
+            resuming.make_links(run)
             between = BetweenMicroBatches(stop, log.say, world.size == 1)
 
             def evaluate_and_save(windows):
@@ -328,7 +254,7 @@ def train(cfg):
                     log.diagnostics(run.step, **run.diagnose())
                 is_best = record["val_loss"] < run.best_val_loss
                 run.best_val_loss = min(run.best_val_loss, record["val_loss"])
-                run.save(is_best)
+                resuming.save(run, is_best)
                 return losses
 
             if run.step % cfg.eval_interval == 0 and run.step < cfg.max_iters:
@@ -338,7 +264,7 @@ def train(cfg):
                 done = run.within_memory(run.update, x, y, between)
                 log_due, eval_due = (done and run.step % n == 0 for n in (cfg.log_interval, cfg.eval_interval))
                 last = run.step == cfg.max_iters
-                stopping = world.any(stop.requested)  # a signal may reach the processes at different steps
+                stopping = world.any(stop.requested)  # it may reach the processes at different steps
                 if not (log_due or eval_due or stopping or last or run.step in cfg.save_steps):
                     continue
                 record = run.check()
@@ -348,35 +274,23 @@ def train(cfg):
                 if eval_due and not (stopping or last):
                     evaluate_and_save(run.some_windows)
                 elif stopping or last or run.step in cfg.save_steps:
-                    run.save()
+                    resuming.save(run)
                 if stopping:
-                    log.say(f"stopped; continue with: {runlog.resume_command(cfg, world)}")
+                    log.say(f"stopped{stop.why}; continue with: {runlog.resume_command(cfg, world)}")
                     return None
                 run.start_clock()
             losses = evaluate_and_save(run.all_windows)
             return log.finish(runlog.summary(run, mean_and_error(losses)))
 
 
-def main(argv):
-    """The command; see the module's docstring."""
-    values = configurator.read(TrainConfig, argv, usage=__doc__)
-    names = [Path(path).stem for path in configurator.config_files(argv)]
-    out_dir = values.setdefault("out_dir", f"out/{'-'.join(names)}" if names else TrainConfig.out_dir)
-    origin = values.get("init_from", "scratch")
-    if values.get("resume") or values.get("eval_only"):
-        # What the run was started with need not be repeated.
-        stored = read_json(Path(out_dir) / run_files.CONFIG)
-        values = configurator.read(TrainConfig, argv, base=stored)
-    if origin != "scratch" and not values.get(
-        "resume"
-    ):  # a model is that of its weights, unless other options are given
-        values = checkpoint.model_options(origin) | values
-    if values.get("eval_only"):
-        values["init_from"] = origin  # not what the run began with: its own weights now
-    result = train(TrainConfig(**{**values, "out_dir": out_dir}))
+def main(argv, began=None):
+    """The command; see the module's docstring. began: the time.monotonic() from which max_seconds counts; None: now."""
+    cfg = TrainConfig(**resuming.options(argv, usage=__doc__))
+    stop = StopSignal(cfg.max_seconds, began)
+    result = train(cfg, stop)
     distributed.shutdown()
-    return 0 if result else 130  # as a shell says of a command that Ctrl-C ended, so that what depends on it stops, too
+    return 0 if result else stop.exit_status
 
 
 if __name__ == "__main__":
-    configurator.run(main)
+    configurator.run(partial(main, began=process_start()))

@@ -10,9 +10,26 @@ from model import GPTConfig
 
 # The fields that say where and how a run is computed and what it tells, not what its result is. (The
 # micro-batch changes the rounding; what data_dir holds is known by its fingerprint.)
-NO_PART_OF_RESULT = {"out_dir", "data_dir", "resume", "eval_only", "log_interval", "save_steps", "diagnostics"}
+OF_A_CALL = {
+    "out_dir",
+    "resume",
+    "branch_from",
+    "eval_only",
+    "max_seconds",
+}  # which each segment of a run may have anew
+NO_PART_OF_RESULT = OF_A_CALL | {"data_dir", "log_interval", "save_steps", "diagnostics"}
 NO_PART_OF_RESULT |= {"device", "compile", "batch_size", "shard", "recompute", "chunked_loss"}
 NO_PART_OF_RESULT |= {"wandb_log", "wandb_project", "wandb_run_name"}
+SCHEDULE = {
+    "max_iters",
+    "learning_rate",
+    "schedule",
+    "warmup_iters",
+    "lr_decay_iters",
+    "decay_iters",
+    "min_lr",
+    "decay_lr",
+}
 A_STUDY = "this is a study, which sweep.py runs: python sweep.py config/study_lr.py config/quick.py"
 SECTION_5_1 = "this is Section 5.1's experiment: python -m theory.basis_transfer config/basis_transfer.py"
 
@@ -41,11 +58,14 @@ class TrainConfig(GPTConfig):
 
     # schedule
     max_iters: int = 105_000  # optimizer steps
+    max_seconds: float | None = None  # of this process, after which it stops with a checkpoint; none: no limit
     learning_rate: float = 6e-4  # the peak
-    min_lr: float | None = None  # where the cosine ends; none: learning_rate / 10
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # after the warm-up; wsd: constant, then a linear decay
     warmup_iters: int = 2000  # steps of linear warm-up
     lr_decay_iters: int | None = 600_000  # the step where the cosine ends, be it beyond max_iters; none: max_iters
-    decay_lr: bool = True  # warm-up and cosine; False: learning_rate throughout
+    decay_iters: int | None = None  # the last steps of schedule=wsd, in which it decays
+    min_lr: float | None = None  # where the decay ends; none: learning_rate / 10 for cosine, 0 for wsd
+    decay_lr: bool = True  # False: learning_rate throughout, without a warm-up
 
     # evaluation
     eval_interval: int = 1000  # steps between evaluations; each writes a checkpoint
@@ -56,6 +76,7 @@ class TrainConfig(GPTConfig):
     # checkpoints
     out_dir: FilePath = "out/train"  # the run folder; unless given, out/ and the names of the config files
     resume: bool = False  # go on with the run in out_dir
+    branch_from: FilePath | None = None  # a run's checkpoint, from which this one goes on in a folder of its own
     init_from: FilePath = "scratch"  # or a checkpoint file, ours or nanoGPT's, whose weights the run starts from
     save_steps: tuple[int, ...] = (50_000, 100_000, 105_000)  # steps whose checkpoints are kept
 
@@ -88,7 +109,8 @@ class TrainConfig(GPTConfig):
         super().__post_init__()
         require(
             self,
-            positive="eval_interval eval_windows log_interval tokens_per_step learning_rate lr_decay_iters",
+            positive="eval_interval eval_windows log_interval tokens_per_step learning_rate lr_decay_iters decay_iters "
+            "max_seconds",
             not_negative="weight_decay weight_decay_attn weight_decay_mlp weight_decay_embd batch_size seed data_seed "
             "max_iters min_lr warmup_iters beta1 beta2 grad_clip",
         )
@@ -98,11 +120,7 @@ class TrainConfig(GPTConfig):
             raise ValueError(f"beta1 and beta2 must be below 1, got {self.beta1} and {self.beta2}")
         if self.min_lr is not None and self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr must be at most learning_rate={self.learning_rate:g}, got {self.min_lr:g}")
-        if self.decay_lr and self.warmup_iters > self.max_iters > 0:
-            raise ValueError(
-                f"warmup_iters must be at most max_iters={self.max_iters}, got {self.warmup_iters}: the learning rate "
-                "would never reach its peak"
-            )
+        self._check_schedule()
         if self.causal != (self.objective == "clm"):
             raise ValueError(
                 f"objective={self.objective} does not go with causal={self.causal}: a decoder (causal=True) learns by "
@@ -115,6 +133,25 @@ class TrainConfig(GPTConfig):
             if folder is not None and (not folder.strip() or "\n" in folder):
                 raise ValueError(f"{name} must name a folder, got {folder!r}")
         self.sequences_per_process(n_processes=1)
+
+    def _check_schedule(self):
+        """Raise ValueError, naming the fields, for a schedule that cannot be."""
+        is_wsd = self.schedule == "wsd"
+        if is_wsd != (self.decay_iters is not None):
+            raise ValueError(
+                f"decay_iters={self.decay_iters} does not go with schedule={self.schedule}: schedule=wsd needs the "
+                "number of its last steps in which it decays, and no other schedule has it (the cosine ends at "
+                "lr_decay_iters)"
+            )
+        if not self.decay_lr and self.schedule != "cosine":
+            raise ValueError(f"decay_lr=False leaves no schedule, got schedule={self.schedule}: set one of the two")
+        names = ["warmup_iters", *(["decay_iters"] if is_wsd else [])]
+        values = [getattr(self, name) for name in names]
+        if self.decay_lr and sum(values) > self.max_iters > 0:
+            raise ValueError(
+                f"{' + '.join(names)} must be at most max_iters={self.max_iters}, got {' + '.join(map(str, values))}: "
+                "the learning rate would never reach its peak"
+            )
 
     def sequences_per_process(self, n_processes):
         """The sequences of a step that each of n_processes computes. Raises ValueError if that is no whole number."""
@@ -134,11 +171,20 @@ class TrainConfig(GPTConfig):
         return self.tokens_per_step // self.block_size // n_processes
 
     def learning_rate_at(self, step):
-        """The learning rate after `step` steps: linear warm-up, then a cosine from the peak to min_lr."""
+        """The learning rate after `step` steps: linear warm-up to the peak, then as schedule says.
+
+        cosine: from the warm-up's end to min_lr at lr_decay_iters. wsd (warm-up, stable, decay; arXiv 2404.06395): the
+        peak, then a straight line to min_lr over the last decay_iters of max_iters steps. constant: the peak.
+        """
         if not self.decay_lr:
             return self.learning_rate
         if step < self.warmup_iters:
             return self.learning_rate * (step + 1) / (self.warmup_iters + 1)
+        if self.schedule == "constant":
+            return self.learning_rate
+        if self.schedule == "wsd":
+            progress = max(0.0, 1 - (self.max_iters - step) / self.decay_iters)
+            return self.learning_rate - (self.learning_rate - (self.min_lr or 0.0)) * progress
         end = self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
         lowest = self.learning_rate / 10 if self.min_lr is None else self.min_lr
         progress = min(1.0, (step - self.warmup_iters) / max(1, end - self.warmup_iters))

@@ -16,9 +16,6 @@ from model import GPT, GPTConfig
 
 FORMAT = 1
 OF_A_MODEL = ("model", "model_config", "step")  # the entries that a checkpoint of a GPT has
-TO_RESUME = (
-    *("optimizer", "scaler", "rng", "best_val_loss", "config", "data_fingerprint", "train_seconds", "wall_seconds"),
-)
 TYPES = {  # of the entries that there are
     **dict.fromkeys(("model", "model_config", "optimizer", "scaler", "rng", "config"), (dict, "a dict")),
     **dict.fromkeys(("best_val_loss", "train_seconds", "wall_seconds"), ((int, float), "a number")),
@@ -59,7 +56,16 @@ def model_options(path):
 
     Raises ValueError as `load` does, except for a damage among the weights.
     """
-    return _checked(torch_file.read(path, mmap=True), path, required=OF_A_MODEL)["model_config"]
+    return _without_weights(path)["model_config"]
+
+
+def run_options(path):
+    """name -> value of the fields of TrainConfig, as the run that saved a checkpoint had them; {} where none did."""
+    return _without_weights(path).get("config", {})
+
+
+def _without_weights(path):
+    return _checked(torch_file.read(path, mmap=True), path, required=OF_A_MODEL)
 
 
 def build_model(state):
@@ -90,28 +96,6 @@ def load_weights(model, state):
         reason = "; ".join(differing(*options)) or problem
         raise ValueError(f"the checkpoint's weights do not fit the model: {reason}")
     model.load_state_dict(weights)
-
-
-def check_same_run(state, config, path):
-    """What config, a dict of TrainConfig's fields, changes of a run's checkpoint, as a list of texts.
-
-    Raises ValueError unless it can go on with it: the model, the seeds and tokens_per_step make a run what it is.
-    """
-    missing = [name for name in TO_RESUME if name not in state]
-    if missing:
-        raise ValueError(
-            f"{path} cannot be resumed without {', '.join(missing)}: start from its weights with --init_from={path}"
-        )
-    fixed = [*state["model_config"], "seed", "data_seed", "tokens_per_step"]
-    differences = differing(state["config"], {name: config[name] for name in fixed})
-    if differences:
-        raise ValueError(
-            f"{path} belongs to another run: {'; '.join(differences)}. Repeat its options, or choose another --out_dir"
-        )
-    if state["step"] > config["max_iters"]:
-        raise ValueError(f"{path} has {state['step']} steps already, more than max_iters={config['max_iters']}")
-    about_the_call = ("resume", "eval_only", "out_dir")
-    return differing(state["config"], {name: config[name] for name in config if name not in about_the_call})
 
 
 def differing(there, here):

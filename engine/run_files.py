@@ -52,12 +52,12 @@ class MetricsFile:
     """metrics.jsonl as a run writes it: what comes after start_step is cut off first.
 
     An evaluation at start_step is repeated by the resumed run, so its record goes, too. Damaged lines are set aside in
-    metrics.damaged. Raises ValueError when the file cannot be written.
+    metrics.damaged. past: the records that a new file begins with. Raises ValueError when the file cannot be written.
     """
 
-    def __init__(self, folder, start_step):
+    def __init__(self, folder, start_step, past=()):
         self.path = Path(folder) / METRICS
-        records, damaged = _split_metrics(self.path)
+        records, damaged = _split_metrics(self.path) if self.path.exists() else (past, [])
         if damaged:
             aside = self.path.with_name(DAMAGED_METRICS)
             before = aside.read_bytes() if aside.exists() else b""
@@ -89,15 +89,18 @@ class MetricsFile:
 
 
 @contextlib.contextmanager
-def no_trace_of_a_failed_start(folder):
-    """A context that removes a new run which ends in an error before its first train record, unless it diverged."""
+def no_trace_of_a_failed_start(folder, start_step=0):
+    """A context that removes a new run which ends in an error before its first train record, unless it diverged.
+
+    start_step: where it begins; a branch has records of the steps before.
+    """
     is_new = not holds_run(folder)
     try:
         yield
     except FloatingPointError:
         raise
     except BaseException:
-        if is_new and all(record["kind"] != "train" for record in read_metrics(folder)):
+        if is_new and all(r["kind"] != "train" or r["step"] <= start_step for r in read_metrics(folder)):
             remove_run(folder)
         raise
 

@@ -24,6 +24,7 @@ from engine.files import make_folder, read_json, remove_temporaries, write_json
 from engine.locks import now
 from engine.wandb_mirror import Mirror
 from model import GPTConfig
+from train_config import OF_A_CALL, SCHEDULE, TrainConfig
 
 
 class RunLog:
@@ -31,21 +32,23 @@ class RunLog:
 
     folder: where it writes. config: the resolved configuration, a dict of plain values. facts: more for run.json.
     start_step: 0, or the step of the checkpoint from which the run goes on; later metrics are cut off.
+    past: what a new folder takes over of the run that it is a branch of (`resuming.past`).
     Raises ValueError when something cannot be written, or when wandb_log is set and the package is missing.
     """
 
-    def __init__(self, folder, config, facts, start_step=0):
+    def __init__(self, folder, config, facts, start_step=0, past=None):
         from tqdm import tqdm
 
         self.folder = Path(folder)
         make_folder(self.folder)
         remove_temporaries(self.folder)
-        run = read_json(self.folder / run_files.FACTS) or {"segments": []}
+        past = past or {"config": {}, "facts": {"segments": []}, "records": []}
+        run = read_json(self.folder / run_files.FACTS) or past["facts"]
         was, dtype = run.get("dtype"), facts.get("dtype")
         if was not in (None, dtype):  # dtype=auto, on another machine or with another version
             print(f"warning: the run was in {was} and goes on in {dtype}; --dtype={was} keeps it as it was")
         run |= {"git_commit": git_commit(), "versions": versions(), **facts}
-        changed = _changed_options(read_json(self.folder / run_files.CONFIG) or {}, config)
+        changed = _changed_options(read_json(self.folder / run_files.CONFIG) or past["config"], config, start_step)
         run["segments"].append({"start": now(), "step": start_step, "dtype": dtype, "changed": changed})
         group = run.setdefault("wandb_id", secrets.token_hex(4)) if config["wandb_log"] else None
         self._mirror = Mirror(self.folder, config, group) if config["wandb_log"] else None
@@ -53,7 +56,7 @@ class RunLog:
             (self.folder / name).unlink(missing_ok=True)
         write_json(self.folder / run_files.CONFIG, config)
         write_json(self.folder / run_files.FACTS, run)
-        self._metrics = run_files.MetricsFile(self.folder, start_step)
+        self._metrics = run_files.MetricsFile(self.folder, start_step, past["records"])
         self._max_steps, self._tokens_per_step = config["max_iters"], config["tokens_per_step"]
         self._bar = tqdm(
             total=self._max_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
@@ -164,7 +167,12 @@ def header(run):
     schedule = f"learning rate {cfg.learning_rate:g}"
     if cfg.decay_lr:
         last = cfg.learning_rate_at(cfg.max_iters)
-        schedule += f", {cfg.warmup_iters} warm-up steps, cosine decay to {last:.2g} at the last step"
+        then = {
+            "cosine": f"cosine decay to {last:.2g} at the last step",
+            "wsd": f"linear decay to {last:.2g} over the last {cfg.decay_iters} steps",
+            "constant": "then constant",
+        }
+        schedule += f", {cfg.warmup_iters} warm-up steps, {then[cfg.schedule]}"
     processes = f" in each of {run.world.size} processes" if run.world.size > 1 else ""
     compiled = ", compiled" if compute.compile else ""
     rows = {
@@ -231,8 +239,16 @@ def versions():
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": metadata.version("numpy")}
 
 
-def _changed_options(before, after):
-    """name -> [before, after] of the options that a resumed run changes."""
-    after = json.loads(json.dumps(after))  # tuples are lists in config.json
-    names = [name for name in after if name in before and name not in ("resume", "eval_only", "out_dir")]
-    return {name: [before[name], after[name]] for name in names if before[name] != after[name]}
+def _changed_options(before, after, step):
+    """name -> [before, after] of the options that a resumed run, or a branch, changes after `step` steps.
+
+    Those of the schedule count where they change the learning rate of a step that is done: else it is a run of `after`.
+    """
+    before, after = json.loads(json.dumps([before, after]))  # tuples are lists in config.json
+    names = [name for name in after if name in before and name not in OF_A_CALL and before[name] != after[name]]
+    if SCHEDULE & set(names):
+        own = ({name: values[name] for name in SCHEDULE & values.keys()} for values in (before, after))
+        one, other = (TrainConfig(**values) for values in own)
+        if all(one.learning_rate_at(i) == other.learning_rate_at(i) for i in range(step)):
+            names = [name for name in names if name not in SCHEDULE]
+    return {name: [before[name], after[name]] for name in names}

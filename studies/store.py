@@ -15,13 +15,14 @@ from pathlib import Path
 import configurator
 from engine import locks, run_files
 from engine.files import make_folder, read_json, write_json
+from engine.signals import StopSignal
 from studies.runs import COUNT, LIST, OBJECT, TEXT, check
 from train_config import TrainConfig
 
 FORMAT = 1
 STUDY = "study.json"
 STATES = ("running", "failed", "diverged", "stopped", "finished", "not started")
-STOPPED = (130, -2, -15)  # exit statuses of a run that Ctrl-C or SIGTERM stopped
+STOPPED = (StopSignal.BY_SIGNAL, StopSignal.BY_TIME, -2, -15)  # exit statuses of a run that was stopped
 
 
 def is_study(folder):

@@ -55,13 +55,14 @@ class Execution:
         self.started, self.flops_at_start = time.monotonic(), self.flops_done()
         self.shown, self.shown_at = None, 0.0
 
-    def execute(self, fail_fast=False):
-        """Work until every run has ended, or all are stopped: by a signal, or with fail_fast by the first failure.
+    def execute(self, fail_fast=False, stop=None):
+        """Work until every run has ended, or all are stopped: by stop, or with fail_fast by the first failure.
 
-        True: all are finished; None: a signal stopped them; False: `failed` and `diverged` say which are not finished.
+        stop: a signals.StopSignal. True: all are finished; None: it stopped them; False: `failed` and `diverged` say
+        which are not finished.
         """
         stopping = False
-        with signals.StopSignal() as stop:
+        with stop or signals.StopSignal() as stop:
             try:
                 while self.workers or (self.todo and not stopping):
                     self.reap(stopping)
@@ -76,7 +77,7 @@ class Execution:
                 self.terminate()
                 raise
         self.show_progress(last=True)
-        return None if stop.requested else not (self.failed or self.diverged)
+        return None if stop.requested and self.todo else not (self.failed or self.diverged)
 
     def start(self):
         """Start runs while there are free slots; skip those that have ended and those of other executions."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import configurator
-from engine import checkpoint
+from engine import checkpoint, resuming
 from engine.files import link
 from model import GPT, GPTConfig
 
@@ -199,7 +199,7 @@ def test_a_run_without_all_its_entries_is_not_resumed(tmp_path):
     put(tmp_path / "ckpt.pt", optimizer={"param_groups": []}, scaler={})
     state = checkpoint.load(tmp_path / "ckpt.pt")
     with pytest.raises(ValueError, match=r"ckpt.pt cannot be resumed without rng, .*--init_from="):
-        checkpoint.check_same_run(state, {}, tmp_path / "ckpt.pt")
+        resuming.check_same_run(state, {}, tmp_path / "ckpt.pt")
 
 
 def test_weights_of_another_shape_are_refused_with_the_options_that_differ(tmp_path):

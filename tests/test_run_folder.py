@@ -13,7 +13,7 @@ from conftest import TINY
 from test_train import ROOT, arguments, metrics, stop_after
 
 import train
-from engine import checkpoint
+from engine import checkpoint, resuming
 from engine.files import read_json
 
 
@@ -36,7 +36,7 @@ def test_a_resumed_run_takes_over_every_changed_option_of_the_optimizer(tiny):
 def test_what_a_kill_left_undone_is_made_good_on_resume(tiny, monkeypatch):
     # Killed between ckpt.pt and the names that should stand for it.
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "make_links", lambda trainer: None)
+        patch.setattr(resuming, "make_links", lambda run: None)
         stop_after(patch, 20)
         train.train(tiny(save_steps=(20,), eval_interval=20))
     assert not Path("run/step_000020.pt").exists()

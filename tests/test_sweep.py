@@ -271,6 +271,18 @@ def test_a_signal_stops_the_runs_and_the_same_command_goes_on(files, fake, comma
     assert len(fake()) == 4
 
 
+def test_a_sweep_stops_its_runs_in_time_and_the_same_command_goes_on(files, fake, command):
+    argv = [*files(), "--out_dir=out", "--jobs=2", "--seeds=1"]
+    Path("wait").touch()
+    status, out, _ = command(sweep.main, *argv, "--max_seconds=3")
+    assert status == 75
+    assert "stopped after 3 seconds; repeat the command to continue" in out
+    assert [store.state(folder) for folder in folders("out", seeds=[1])] == ["stopped"] * 2
+    Path("wait").unlink()
+    assert command(sweep.main, *argv, "--max_seconds=100")[0] == 0
+    assert len(fake()) == 4
+
+
 def test_each_of_several_gpus_has_one_run_and_threads_are_divided(files, fake, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     runs, _ = planned(*files(), "--out_dir=out")

@@ -191,21 +191,6 @@ def test_the_evaluation_is_the_mean_over_tokens_whatever_its_batch_size(tiny):
     assert result["val_loss_se"] == pytest.approx(expected.std(ddof=1) / len(expected) ** 0.5)
 
 
-def test_the_learning_rate_warms_up_and_follows_the_cosine(tiny):
-    cfg = tiny(max_iters=100, warmup_iters=10, learning_rate=1.0, min_lr=0.1)
-    rates = [cfg.learning_rate_at(step) for step in range(121)]
-    assert rates[0] == pytest.approx(1 / 11)
-    assert rates[10] == 1.0 == max(rates)
-    assert rates[55] == pytest.approx(0.55)
-    assert rates[100] == rates[120] == pytest.approx(0.1)
-    assert all(np.diff(rates[:11]) > 0)
-    assert all(np.diff(rates[10:101]) < 0)
-    assert tiny(decay_lr=False, learning_rate=0.3).learning_rate_at(0) == 0.3
-    assert tiny(lr_decay_iters=200, max_iters=100, warmup_iters=0, learning_rate=1.0, min_lr=0.0).learning_rate_at(
-        100
-    ) == pytest.approx(0.5)
-
-
 @pytest.mark.parametrize("tie_weights", [True, False])
 def test_every_parameter_decays_as_its_row_of_table_2_says(tiny, tie_weights):
     cfg = tiny(
