@@ -19,7 +19,7 @@ import configurator
 from engine.files import make_folder, write_text
 from engine.flops import cost
 from model import GPTConfig
-from studies import arms, comparison, figures, page, sections, store
+from studies import arms, comparison, figures, page, sections, store, table_2
 
 
 @dataclass
@@ -142,8 +142,8 @@ def parts(results, comparisons, headlines, drawn):
     content = [page.Heading(results.name, level=1)]
     content += [page.Items(headlines)] if headlines else []
     content += [page.Paragraph(text) for text in sections.setting(results)]
-    content += [page.Heading("Arms and their losses"), sections.table_2(results.best)]
-    if note := sections.paper_note(results.best):
+    content += [page.Heading("Arms and their losses"), table_2.table_2(results.best)]
+    if note := table_2.paper_note(results.best):
         content.append(page.Paragraph(note))
     if comparisons:
         content += [page.Heading("Differences from control"), sections.differences(results.best_pairs, comparisons)]
@@ -180,7 +180,7 @@ def write_report(cfg):
     write_text(folder / "report.html", page.web_page(content, results.name, folder))
     write_csv(folder / "runs.csv", run_rows(results, flops))
     write_csv(folder / "comparison.csv", comparison_rows(results, comparisons))
-    return folder, sections.table_2(results.best), headlines
+    return folder, table_2.table_2(results.best), headlines
 
 
 def main(argv):

@@ -190,6 +190,10 @@ class TrainConfig(GPTConfig):
         progress = min(1.0, (step - self.warmup_iters) / max(1, end - self.warmup_iters))
         return lowest + (self.learning_rate - lowest) * (1 + math.cos(math.pi * progress)) / 2
 
+    def learning_rate_sum(self):
+        """The sum S of the learning rates of all steps: AdamW's decay alone shrinks weights to exp(−weight_decay·S)."""
+        return math.fsum(self.learning_rate_at(step) for step in range(self.max_iters))
+
     def model_config(self):
         """The GPTConfig among these fields."""
         return GPTConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(GPTConfig)})

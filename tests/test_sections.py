@@ -10,42 +10,6 @@ from run_folders import REDUCED, write_run, write_study
 
 from studies import arms, sections
 
-PAPER = dict(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768, dataset="openwebtext")
-PAPER |= dict(tokens_per_step=480 * 1024, max_iters=105_000)
-
-
-def table_2(cells):
-    """The rows of Table 2 for some cells, each a dict of its columns."""
-    table = sections.table_2(cells)
-    return [dict(zip(table.head, row, strict=True)) for row in table.rows]
-
-
-def test_the_paper_s_numbers_are_beside_runs_of_its_setting_only(tmp_path):
-    folders = [
-        write_run(tmp_path / "baseline", 1, 2.91, **PAPER),
-        write_run(tmp_path / "reduced", 1, 2.89, **PAPER, **REDUCED),
-        write_run(tmp_path / "other", 1, 2.89, **PAPER, **REDUCED | {"attn_scale": 1.0}),
-    ]
-    results = arms.load(folders)
-    rows = table_2(results.best)
-    assert [row["paper: loss"] for row in rows] == ["2.90", "2.88", "–"]
-    assert [row["paper: parameters"] for row in rows] == ["124M", "117M", "–"]
-    assert [row["parameters"] for row in rows] == ["124.4M", "117.3M", "117.3M"]
-    assert "OpenWebText" in sections.paper_note(results.best)
-    short = write_run(tmp_path / "short", 1, 3.4, **PAPER | {"max_iters": 1000})
-    rows = table_2(arms.load([folders[0], short]).best)
-    assert [row["paper: loss"] for row in rows] == ["2.90", "–"]
-    short = arms.load([short])
-    assert "paper: loss" not in table_2(short.best)[0]
-    assert sections.paper_note(short.best).endswith("these runs use a different max_iters.")
-    assert sections.paper_note(results.best[2:]) is None
-
-
-def test_weight_decay_is_one_number_or_three():
-    config = dict(weight_decay=0.1, weight_decay_attn=0.0, weight_decay_mlp=None, weight_decay_embd=None)
-    assert sections.decays(config) == "0 / 0.1 / 0.1"
-    assert sections.decays(config | {"weight_decay_attn": 0.1}) == "0.1"
-
 
 def test_runs_on_different_devices_get_a_warning(tmp_path):
     results = arms.load([write_run(tmp_path / "a", 1, 2.0), write_run(tmp_path / "b", 1, 2.0, **REDUCED)])
