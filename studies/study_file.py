@@ -49,17 +49,17 @@ class Study:
 
         The axes name a point; its runs take the options as well. A dict as the grid has one axis for each of its keys,
         and a point for each combination of their values. A function gets the size as an object with an attribute for
-        each field of TrainConfig, and returns a dict for each point: its first key is the axis, the others are options.
+        each field of TrainConfig, and returns such a dict, or a list with a dict for each point: its first key is the
+        axis, the others are options.
         Raises ValueError, naming the file and line of the grid.
         """
         if self.grid == {}:
             return [({}, {})]
         where = f"{self.where['grid']}: grid"
-        if callable(self.grid):
-            found, n_axes = self._call_grid(size, where), 1
-        else:
-            combinations = itertools.product(*self.grid.values())
-            found, n_axes = [dict(zip(self.grid, values, strict=True)) for values in combinations], len(self.grid)
+        found, n_axes = self._call_grid(size, where) if callable(self.grid) else self.grid, 1
+        if isinstance(found, dict):
+            n_axes, combinations = len(found), itertools.product(*found.values())
+            found = [dict(zip(found, values, strict=True)) for values in combinations]
         fields = configurator.field_types(TrainConfig)
         for name in map(str, found[0]):
             configurator.known(name, fields, where)
@@ -76,7 +76,7 @@ class Study:
         return points
 
     def _call_grid(self, size, where):
-        """The dicts that a grid that is a function returns, checked to have the same keys."""
+        """What a grid that is a function returns, checked: a dict of lists, or dicts with the same keys."""
         size = types.SimpleNamespace(**size)
         try:
             found = self.grid(size)
@@ -84,16 +84,29 @@ class Study:
             if isinstance(error, AttributeError) and error.obj is size:
                 configurator.known(error.name, vars(size), f"{where}(size)")  # raises, with the nearest field
             raise ValueError(f"{where}(size) raised {type(error).__name__}: {error}") from error
+        if is_grid(found):
+            return found
         is_list = isinstance(found, (list, tuple)) and found and all(isinstance(each, dict) and each for each in found)
         if not is_list:
             raise ValueError(
-                f"{where}(size) must return a list of dicts such as [dict(n_embd=64, …), …], got {found!r}"
+                f"{where}(size) must return a list of dicts such as [dict(n_embd=64, …), …], or a dict such as "
+                f"{{'n_embd': [64, 128]}}, got {found!r}"
             )
         keys = list(dict.fromkeys(tuple(each) for each in found))
         if len(keys) > 1:
             first, second = (", ".join(map(str, names)) for names in keys[:2])
             raise ValueError(f"{where}(size) must return dicts of the same keys in one order, got {first} and {second}")
         return found
+
+
+def is_dict(value, *kinds):
+    """Whether a value is a dict, not empty, whose values are of these types."""
+    return isinstance(value, dict) and value and all(isinstance(item, kinds) for item in value.values())
+
+
+def is_grid(value):
+    """Whether a value is a grid: a dict, field -> list of values."""
+    return is_dict(value, list, tuple) and all(value.values())
 
 
 def read_file(path):
@@ -114,9 +127,6 @@ def read_file(path):
         if not is_right:
             raise ValueError(f"{study.where[name]}: {name} must be {what}, got {values[name][0]!r}")
 
-    def is_dict(value, *kinds):
-        return isinstance(value, dict) and value and all(isinstance(item, kinds) for item in value.values())
-
     arms = study.arms
     require(is_dict(arms, str), "arms", "a dict such as {'baseline': 'config/baseline_tied.py'}")
     for arm in arms:  # it becomes a folder's name, and never names another folder, as .. would
@@ -130,8 +140,11 @@ def read_file(path):
     require(is_dict(study.control, str), "control", "an arm, or a dict: arm -> its control")
     require({*study.control, *study.control.values()} <= {*arms}, "control", f"among the arms {', '.join(arms)}")
     study.control = {arm: study.control.get(arm, arm) for arm in arms}
-    is_grid = callable(study.grid) or (is_dict(study.grid, list, tuple) and all(study.grid.values()))
-    require(is_grid or study.grid == {}, "grid", "a dict: field -> list of values, or a function of the size")
+    require(
+        callable(study.grid) or is_grid(study.grid) or study.grid == {},
+        "grid",
+        "a dict: field -> list of values, or a function of the size",
+    )
     require(isinstance(study.settings, str), "settings", "a text of arguments")
     where = study.where["seeds"]
     study.seeds = check_seeds(configurator.coerce("seeds", study.seeds, tuple[int, ...], where), where)

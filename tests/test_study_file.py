@@ -180,6 +180,27 @@ def test_what_goes_with_a_grid_s_axis_is_in_proportion(size, monkeypatch):
     assert {run.lr_decay_iters for run in runs["length"]} == {None}, "the cosine ends with the run"
 
 
+def test_a_function_may_return_a_grid_of_several_axes(files):
+    values = "{'weight_decay': [0, WIDTH / 160], 'attn_scale': [0.5, 1]}"
+    plans = [
+        planned(*files(TWO_ARMS + "grid = " + values.replace("WIDTH", "16"))),
+        planned(*files(TWO_ARMS + "def grid(size):\n    return " + values.replace("WIDTH", "size.n_embd"))),
+    ]
+    (runs, content), (other_runs, other_content) = plans
+    assert [run.arguments for run in runs] == [run.arguments for run in other_runs]
+    assert content == other_content
+
+
+@SIZES
+def test_the_weight_decays_of_a_study_do_as_much_at_any_size_as_at_the_paper_s(size, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    runs, _ = planned("config/study_wd_scale.py", *size, "--seeds=1")
+    shrunk = {round(run.config.weight_decay * run.config.learning_rate_sum(), 3) for run in runs}
+    assert sorted(shrunk) == pytest.approx([0, 0.954, 1.908, 3.816, 6.106], abs=2e-3)
+    if not size:
+        assert {run.config.weight_decay for run in runs} == {0, 2**-6, 2**-5, 2**-4, 0.1}
+
+
 def test_runs_have_names_of_their_own_in_wandb(files):
     runs, _ = planned(*files(), options=["--wandb_log"])
     names = [TrainConfig(**configurator.read(TrainConfig, run.arguments)).wandb_run_name for run in runs]
@@ -228,7 +249,8 @@ def test_runs_have_names_of_their_own_in_wandb(files):
         ),
         (GRID + "[dict(n_layer=1 // 0)]", ["line 3: grid(size) raised ZeroDivisionError"]),
         (ONE_ARM + "def grid(): return []", ["line 3: grid(size) raised TypeError"]),
-        (GRID + "{'n_layer': [1, 2]}", ["line 3: grid(size) must return a list of dicts", "{'n_layer': [1, 2]}"]),
+        (GRID + "{'n_layer': 1}", ["line 3: grid(size) must return a list of dicts", "{'n_layer': 1}"]),
+        (GRID + "{'n_layer': []}", ["line 3: grid(size) must return a list of dicts", "{'n_layer': []}"]),
         (GRID + "[]", ["line 3: grid(size) must return a list of dicts", "got []"]),
         (GRID + "[{}]", ["line 3: grid(size) must return a list of dicts", "got [{}]"]),
         (
