@@ -232,9 +232,6 @@ def test_table_2_s_columns_differ_in_nothing_but_what_the_paper_says():
     assert difference("baseline_untied", "reduced_untied") == {"wq_identity", "attn_scale", "weight_decay"}
     assert difference("baseline_tied", "baseline_untied") == {"tie_weights"}
     assert difference("reduced_tied", "reduced_untied") == {"tie_weights"}
-    reduced = values("reduced_tied")
-    assert (reduced["attn_scale"], reduced["weight_decay"], reduced["tokens_per_step"]) == (0.5, 1 / 32, 491_520)
-    assert (reduced["max_iters"], reduced["lr_decay_iters"], reduced["learning_rate"]) == (105_000, 600_000, 6e-4)
 
 
 def raise_in_a_library(argv):
