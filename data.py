@@ -122,8 +122,11 @@ def read_manifest(folder):
     """The content of folder/meta.json, or None where there is none. Raises ValueError for one that is not ours."""
     path = Path(folder) / "meta.json"
     manifest = read_json(path)
-    if manifest is None:
-        return None
+    return None if manifest is None else check_manifest(manifest, path)
+
+
+def check_manifest(manifest, path):
+    """manifest, the dict in a meta.json at path. Raises ValueError for one that is not ours."""
     if manifest.get("format") != MANIFEST_VERSION:
         raise ValueError(f"{path} is not a manifest of format {MANIFEST_VERSION}; prepare the data again")
     try:

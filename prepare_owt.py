@@ -5,6 +5,8 @@ python prepare_owt.py --source=stdlib                  the embedded corpus: Pyth
 python prepare_owt.py --source=files --files='texts/*.jsonl.zst' --out_dir=data/mine
 python prepare_owt.py --source=owner/dataset --revision=… --subset=… --text_column=text
 python prepare_owt.py --verify --out_dir=data/openwebtext           are the bins still those of their meta.json?
+python prepare_owt.py --pack=mine.tar.xz --out_dir=data/mine        bins and meta.json in one compressed file
+python prepare_owt.py --unpack=mine.tar.xz --out_dir=data/mine      … on a machine without a network
 
 First every document is encoded, in the order of the source, into one token file in out_dir/unfinished; then its
 documents are written in the order of the split. The disk holds the tokens twice, the memory only a part of them. An
@@ -30,10 +32,10 @@ import numpy as np
 import configurator
 import data
 from configurator import FilePath
-from corpus import disk, encoding, gathering, hub, openwebtext, reading, sources, token_file, tokenizers
+from corpus import disk, encoding, gathering, hub, openwebtext, packing, reading, sources, token_file, tokenizers
 from corpus.disk import require_space
 from corpus.progress import Progress
-from engine.files import make_folder, remove_temporaries
+from engine.files import make_folder, remove_temporaries, sha256_of
 
 LOCAL_VAL_FRACTION = 0.05  # for the embedded corpus and for files, which are small
 FEW_DOCUMENTS, FEW_TOKENS = 20, 100_000  # of a validation split: fewer make its loss imprecise
@@ -58,10 +60,16 @@ class PrepareConfig:
     # bins
     out_dir: FilePath | None = None  # where the bins go; none: data/ and the last part of the source's name
     verify: bool = False  # prepare nothing: compare the bins in out_dir with their meta.json
+    pack: FilePath | None = None  # prepare nothing: put the bins in out_dir and their meta.json into this file
+    unpack: FilePath | None = None  # prepare nothing: get the bins out of this file, compared with their sums
 
     def __post_init__(self):
         if (self.source == "files") != bool(self.files):
             raise ValueError("--source=files and --files='…' go together: give both or neither")
+        if bool(self.verify) + bool(self.pack) + bool(self.unpack) > 1:
+            raise ValueError("--verify, --pack=… and --unpack=… are commands of their own: give one of them")
+        if self.unpack and not self.out_dir:
+            raise ValueError("--unpack needs --out_dir: the folder for the bins, such as --out_dir=data/mine")
         for name in ("revision", "subset"):
             if getattr(self, name) and self.source in ("openwebtext", "stdlib", "files"):
                 raise ValueError(f"--{name} is for a dataset on the hub, owner/name, not for --source={self.source}")
@@ -79,9 +87,13 @@ class PrepareConfig:
             raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, got {self.seed}")
 
 
+def available_cpus():
+    """How many CPUs this process may use."""
+    return (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) or 1
+
+
 def encode(cfg, files, store, encoder):
     """Encode the documents of files that `store` does not hold yet; returns the encoder that was used in the end."""
-    workers = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) or 1
     text_bytes = sum(reading.text_bytes(file, cfg.text_column) for file in files)
     if store.documents:
         print(f"resuming after {store.documents:,} documents")
@@ -91,7 +103,7 @@ def encode(cfg, files, store, encoder):
         require_space((store.path.parent, left, f"2 × the bins, {n_tokens:,} tokens"))
         batches = reading.batches(files, cfg.text_column, store.file, store.file_documents)
         with Progress(f"encoding with {encoder.name}", text_bytes, store.text_bytes) as progress:
-            for batch, ids, lengths in encoding.encoded(encoding.with_checks(batches), encoder, workers):
+            for batch, ids, lengths in encoding.encoded(encoding.with_checks(batches), encoder, available_cpus()):
                 store.append(batch, ids, lengths)
                 progress.update(batch.texts.nbytes)
     except encoding.DisagreementError as error:
@@ -320,11 +332,19 @@ def verify(folder):
 def main(argv):
     """The command; see the module's docstring."""
     cfg = configurator.parse(PrepareConfig, argv)
-    if cfg.verify:
-        with disk.errors(cfg.out_dir):
+    with disk.errors(cfg.out_dir):
+        if cfg.verify:
             verify(cfg.out_dir)
-    else:
-        prepare(cfg)
+        elif cfg.pack:
+            packing.pack(cfg.out_dir, cfg.pack, available_cpus())
+            print(f"{cfg.pack}: {os.path.getsize(cfg.pack):,} bytes, SHA-256 {sha256_of(cfg.pack)}")
+        elif cfg.unpack:
+            manifest = packing.unpack(cfg.unpack, cfg.out_dir)
+            for name, counts in manifest["splits"].items():
+                print(f"{Path(cfg.out_dir) / name}.bin: {counts['tokens']:,} tokens, SHA-256 {counts['sha256']}")
+            print(f"train on it: {training_command(Path(cfg.out_dir), manifest)}")
+        else:
+            prepare(cfg)
 
 
 if __name__ == "__main__":
