@@ -136,7 +136,11 @@ def print_outcome(execution, result, folder, stop):
         print("\n".join([f"{run.label}: {why}; the last lines of {run.log}:", *lines]))
     for run in execution.diverged:
         path = run.folder / run_files.NONFINITE
-        print(f"{run.label}: diverged at step {(read_json(path) or {}).get('step')}; see {path}")
+        try:
+            text = f"diverged at step {(read_json(path) or {}).get('step')}; see {path}"
+        except ValueError as error:
+            text = f"diverged; {error}"
+        print(f"{run.label}: {text}")
     if n_diverged:
         print(f"{n_diverged} of {n_runs} runs diverged; to try one again, delete its {run_files.NONFINITE}")
     if result is None:

@@ -4,6 +4,7 @@ A run of N processes under torchrun is the run of one: they share the sequences 
 evaluation, and average what they compute. Gradients are all-reduced once a step, after the last micro-batch.
 """
 
+import inspect
 import os
 from typing import NamedTuple
 
@@ -90,10 +91,11 @@ def wrap_model(model, compiled, shard, world, device):
     fast_model = torch.compile(model) if compiled else model
     if world.size == 1 or shard == "full":
         return fast_model
+    wrapper = torch.nn.parallel.DistributedDataParallel
+    new, old = "forward_sync_buffers", "broadcast_buffers"  # since torch 2.13, and before
+    buffers_stay = {new if new in inspect.signature(wrapper).parameters else old: False}  # they are the same everywhere
     device_ids = [device] if device.type == "cuda" else None
-    return torch.nn.parallel.DistributedDataParallel(
-        fast_model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    return wrapper(fast_model, device_ids=device_ids, gradient_as_bucket_view=True, **buffers_stay)
 
 
 def sync_gradients(fast_model, on):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train
-from engine import checkpoint, devices, run_files
+from engine import checkpoint, devices, distributed, run_files
 from engine.files import read_json
 from model import GPTConfig
 
@@ -52,6 +52,7 @@ def test_two_processes_are_the_run_of_one_sharded_or_not_and_go_on_from_each_oth
         [*command, str(script), "runs.json"], capture_output=True, text=True, timeout=300, env=environment
     )
     assert result.returncode == 0, result.stderr[-3000:]
+    assert "deprecated" not in result.stderr
     assert "2 × 2 sequences of 16 in each of 2 processes" in result.stdout
     for folder in ("ddp-then-one", "full-then-one"):
         train.train(dataclasses.replace(whole, out_dir=folder, resume=True, lr_decay_iters=STEPS))
@@ -66,6 +67,29 @@ def test_two_processes_are_the_run_of_one_sharded_or_not_and_go_on_from_each_oth
         for index, entry in reference["optimizer"]["state"].items():
             assert state["optimizer"]["state"][index]["exp_avg"].shape == entry["exp_avg"].shape
         assert read_json(f"{folder}/summary.json")["windows"] == 31
+
+
+def before_2_13(module, device_ids=None, broadcast_buffers=True, gradient_as_bucket_view=False):
+    return {"broadcast_buffers": broadcast_buffers}
+
+
+def since_2_13(
+    module, device_ids=None, broadcast_buffers=None, gradient_as_bucket_view=False, forward_sync_buffers=None
+):
+    return {"broadcast_buffers": broadcast_buffers, "forward_sync_buffers": forward_sync_buffers}
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "expected"),
+    [
+        (before_2_13, {"broadcast_buffers": False}),
+        (since_2_13, {"broadcast_buffers": None, "forward_sync_buffers": False}),
+    ],
+)
+def test_buffers_are_not_sent_around_in_any_version_of_torch(monkeypatch, wrapper, expected):
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", wrapper)
+    world = distributed.World(rank=0, size=2)
+    assert distributed.wrap_model(None, False, "none", world, torch.device("cpu")) == expected
 
 
 def test_a_batch_that_does_not_divide_among_processes_is_refused(tiny):

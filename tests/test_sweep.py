@@ -221,8 +221,12 @@ def test_a_run_that_diverged_is_not_tried_again_until_its_file_is_deleted(files,
     assert "2 of 6 runs failed; repeat the command" in out and "baseline,n_layer=5/seed1: exit status" not in out
     assert "2 failed, 2 diverged, 2 finished" in command(sweep.main, *argv, "--watch=1")[1]
     Path("mended").touch()
+    damaged = Path(folders("out", names, [1])[0], "nonfinite.json")
+    damaged.write_text('{"step": 1')
     code, out, _ = command(sweep.main, *argv)
     assert code == 1, "not all runs are finished"
+    assert f"baseline,n_layer=5/seed1: diverged; {damaged} is not JSON" in out
+    assert "reduced,n_layer=5/seed1: diverged at step 17" in out, "the listing goes on"
     assert fake()[6:] == folders("out", names[4:], [1]), "what failed is tried again"
     assert "4 of 6 runs done, 2 diverged\n" in out and "runs failed" not in out
     for folder in folders("out", names[:2], [1]):
