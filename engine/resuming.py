@@ -31,23 +31,34 @@ def options(argv, usage):
     names = [Path(path).stem for path in configurator.config_files(argv)]
     out_dir = given.get("out_dir") or (f"out/{'-'.join(names)}" if names else TrainConfig.out_dir)
     origin, stored = given.get("init_from", SCRATCH), None
-    if origin != SCRATCH and given.get("branch_from"):
-        raise ValueError("--init_from begins with weights alone, --branch_from goes on with a run: give one of them")
     if given.get("resume") or given.get("eval_only"):
-        stored, not_taken = read_json(Path(out_dir) / run_files.CONFIG), ("max_seconds",)
-    elif given.get("branch_from"):
-        stored, not_taken = checkpoint.run_options(given["branch_from"]), (*OF_A_CALL, "wandb_run_name")
-        if not stored:
-            path = given["branch_from"]
-            raise ValueError(f"{path} has weights and no run's options: start from it with --init_from={path}")
+        stored = read_json(Path(out_dir) / run_files.CONFIG)
     if stored:
-        stored = {name: stored[name] for name in stored if name not in not_taken}
+        stored.pop("max_seconds", None)
+    elif not given.get("eval_only"):
+        stored = branch_options(given)
     values = configurator.read(TrainConfig, argv, base=stored) | {"out_dir": out_dir}
     if origin != SCRATCH and not given.get("resume"):
         values = checkpoint.model_options(origin) | values
     if given.get("eval_only"):
         values["init_from"] = origin  # not what the run began with: its own weights now
     return values
+
+
+def branch_options(given):
+    """What a branch takes over of its origin's options, name -> value, given the options of a command; {}: no branch.
+
+    Raises ValueError where the origin is not the checkpoint of a run.
+    """
+    path = given.get("branch_from")
+    if path is None:
+        return {}
+    if given.get("init_from", SCRATCH) != SCRATCH:
+        raise ValueError("--init_from begins with weights alone, --branch_from goes on with a run: give one of them")
+    config = checkpoint.run_options(path)
+    if not config:
+        raise ValueError(f"{path} has weights and no run's options: start from it with --init_from={path}")
+    return {name: config[name] for name in config if name not in (*OF_A_CALL, "wandb_run_name")}
 
 
 def find_checkpoint(cfg, say):
@@ -137,14 +148,13 @@ def restore(run, state):
 def past(path, state):
     """What the run folder of the checkpoint at path, with content state, says of the steps up to it.
 
-    A dict: `config` and `facts`, as its config.json and run.json were, and `records`, those of its metrics.jsonl.
+    A dict: `config` and `facts`, as its config.json and run.json were, and `records`, all those of its metrics.jsonl.
     """
     folder, step = Path(path).parent, state["step"]
     facts = {"segments": []} | (read_json(folder / run_files.FACTS) or {})
     facts["segments"] = [segment for segment in facts["segments"] if segment.get("step", 0) <= step]
     facts.pop("wandb_id", None)  # a branch is a group of its own
-    records = [record for record in run_files.read_metrics(folder) if record["step"] <= step]
-    return {"config": state["config"], "facts": facts, "records": records}
+    return {"config": state["config"], "facts": facts, "records": run_files.read_metrics(folder)}
 
 
 def save(run, is_best=False):

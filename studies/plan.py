@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import configurator
-from engine import run_files
+from engine import resuming, run_files
 from engine.files import read_json
 from engine.flops import cost
 from studies import store, study_file
@@ -122,7 +122,8 @@ def planned_run(folder, entry, seed):
     place = store.run_folder(folder, entry["name"], seed)
     arguments = [*entry["arguments"], f"--seed={seed}", f"--out_dir={place}", "--resume"]
     try:
-        config = TrainConfig(**configurator.read(TrainConfig, arguments))
+        base = resuming.branch_options(configurator.read(TrainConfig, arguments))
+        config = TrainConfig(**configurator.read(TrainConfig, arguments, base=base))
     except ValueError as error:
         raise ValueError(f"{entry['name']}: {error}") from error
     if config.wandb_log and not config.wandb_run_name:  # else it would be the folder's name, and all runs 'seed1'

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_train import assert_equal_weights, metrics, stop_after, weights
 
+import sweep
 import train
 from engine import checkpoint, resuming
 from engine.files import read_json
@@ -101,6 +102,46 @@ def test_a_branch_stays_what_it_is_when_resumed(tiny, monkeypatch, command):
     assert_same_run("straight", "branch")
     best = min((r for r in metrics("branch") if r["kind"] == "eval" and r["step"] > 13), key=lambda r: r["val_loss"])
     assert checkpoint.load("branch/best.pt")["step"] == best["step"]
+
+
+def test_a_job_that_always_resumes_begins_with_the_branch(tiny, command):
+    train.train(tiny(out_dir="first", max_iters=20))
+    call = ["--branch_from=first/ckpt.pt", "--max_iters=30", "--out_dir=b", "--resume"]
+    assert command(train.main, *call)[0] == 0
+    before = Path("b/ckpt.pt").read_bytes()
+    status, out, _ = command(train.main, *call)
+    assert status == 0 and "is finished" in out
+    assert Path("b/ckpt.pt").read_bytes() == before
+
+
+def test_a_study_of_branches_is_planned_as_it_is_run(tiny, command):
+    train.train(tiny(out_dir="first", max_iters=20, weight_decay=0.3))
+    Path("study.py").write_text(
+        "arms = {n: f'--branch_from=first/ckpt.pt --max_iters={n}' for n in ('30', '40')}\n"
+        "control = '30'\nseeds = [1337]"
+    )
+    for _ in range(2):
+        status, out, error = command(sweep.main, "study.py", "--out_dir=out", "--jobs=1")
+        assert status == 0, out + error
+    for n in (30, 40):
+        state = checkpoint.load(f"out/{n}/seed1337/ckpt.pt")
+        assert (state["step"], state["config"]["weight_decay"]) == (n, 0.3)
+
+
+def test_what_happened_to_the_origin_later_is_no_part_of_a_branch(tiny):
+    train.train(tiny(out_dir="first", max_iters=20, save_steps=(10,)))
+    train.train(tiny(out_dir="first", max_iters=30, beta2=0.9, save_steps=(10,), resume=True))
+    train.train(tiny(out_dir="branch", branch_from="first/step_000010.pt", max_iters=20, save_steps=(10,)))
+    assert [(s["step"], s["changed"]) for s in read_json("branch/run.json")["segments"]] == [(0, {}), (10, {})]
+    assert max(r["step"] for r in metrics("branch")) == 20
+
+
+def test_the_best_of_a_branch_is_among_its_own_evaluations(tiny):
+    train.train(tiny(out_dir="first", max_iters=20))
+    train.train(tiny(out_dir="branch", branch_from="first/ckpt.pt", learning_rate=1.0))  # which spoils it
+    losses = {r["step"]: r["val_loss"] for r in metrics("branch") if r["kind"] == "eval"}
+    assert losses[40] > losses[20]
+    assert checkpoint.load("branch/best.pt")["step"] == 20
 
 
 @pytest.fixture

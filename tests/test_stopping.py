@@ -33,7 +33,8 @@ def test_a_run_that_stops_in_time_and_goes_on_equals_one_that_ran_through(tiny, 
     assert status == 75
     assert f"stopped after {stop_at} seconds; continue with: python train.py --out_dir=parts --resume" in out
     assert checkpoint.load("parts/ckpt.pt")["step"] == stop_at
-    assert command(train.main, "--out_dir=parts", "--resume")[0] == 0, "the limit is that of one call"
+    assert command(train.main, "--out_dir=parts", "--resume")[0] == 0
+    assert read_json("parts/config.json")["max_seconds"] is None, "the limit is that of one call"
     assert_equal_weights(weights("straight"), weights("parts"))
     assert metrics("straight") == metrics("parts")
     assert read_json("parts/summary.json")["val_loss"] == expected["val_loss"]
