@@ -13,4 +13,4 @@ seeds = [1, 2, 3]
 
 
 def grid(size):
-    return [dict(learning_rate=size.learning_rate * factor) for factor in (1 / 2, 1, 2)]
+    return [dict(learning_rate=size.learning_rate * factor) for factor in (1 / 2, 1, 2, 4)]
