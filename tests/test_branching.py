@@ -117,15 +117,13 @@ def test_a_job_that_always_resumes_begins_with_the_branch(tiny, command):
 def test_a_study_of_branches_is_planned_as_it_is_run(tiny, command):
     train.train(tiny(out_dir="first", max_iters=20, weight_decay=0.3))
     Path("study.py").write_text(
-        "arms = {n: f'--branch_from=first/ckpt.pt --max_iters={n}' for n in ('30', '40')}\n"
-        "control = '30'\nseeds = [1337]"
+        "arms = {'a': '--branch_from=first/ckpt.pt --max_iters=30'}\ncontrol = 'a'\nseeds = [1337]"
     )
-    for _ in range(2):
+    for _ in range(2):  # the second finds the run that it has planned
         status, out, error = command(sweep.main, "study.py", "--out_dir=out", "--jobs=1")
         assert status == 0, out + error
-    for n in (30, 40):
-        state = checkpoint.load(f"out/{n}/seed1337/ckpt.pt")
-        assert (state["step"], state["config"]["weight_decay"]) == (n, 0.3)
+    state = checkpoint.load("out/a/seed1337/ckpt.pt")
+    assert (state["step"], state["config"]["weight_decay"]) == (30, 0.3)
 
 
 def test_what_happened_to_the_origin_later_is_no_part_of_a_branch(tiny):
