@@ -8,6 +8,7 @@ input itself, W_Q = I: nothing takes its place, neither a parameter nor a produc
 Shapes: B sequences, T tokens, d_k = n_embd / n_head.
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -80,6 +81,13 @@ class GPTConfig:
 def at_least_float32(x):
     """x in float32 if it is in a lower precision; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def draw_normal(tensor, std, text):
+    """Fill the tensor with normal numbers of mean 0 from a generator that the text seeds."""
+    if not tensor.is_meta:
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
+        tensor.copy_(std * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed)))
 
 
 class DynamicTanh(nn.Module):
@@ -257,10 +265,12 @@ class GPT(nn.Module):
     """A transformer language model: a decoder, or with causal=False an encoder.
 
     linear_loss: engine.linear_cross_entropy, which takes the loss from a part of the logits at a time; None: from all.
+    The initial weights follow from torch's seed, and models of one seed share those of every matrix that both have.
     """
 
     def __init__(self, config: GPTConfig, linear_loss=None):
         super().__init__()
+        key = torch.randint(2**62, ())  # before the layers draw weights of their own
         self.config = config
         self.linear_loss = linear_loss
         block = ParallelBlock if config.parallel else Block
@@ -278,18 +288,22 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
-        self.apply(self._init_weights)
-        # Each block adds twice to the residual stream: smaller output projections keep its variance level (GPT-2).
-        for name, parameter in self.named_parameters():
-            if name.endswith("c_proj.weight"):
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+        self.draw_weights(key)
 
-    @staticmethod
-    def _init_weights(module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+    @torch.no_grad()
+    def draw_weights(self, key):
+        """Draw each matrix from a generator of its own, keyed by `key` and its name; W_Q, W_K and W_V apart."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif name.endswith("attn.c_attn.weight"):
+                attention = self.get_submodule(name.removesuffix(".c_attn.weight"))
+                for part, matrix in zip("QKV", attention.split_qkv(parameter, dim=0), strict=True):
+                    draw_normal(matrix, 0.02, f"{key} {name} {part}")
+            elif parameter.dim() == 2:
+                # Each block adds twice to the residual stream: smaller output projections keep its variance (GPT-2).
+                smaller = math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 1.0
+                draw_normal(parameter, 0.02 / smaller, f"{key} {name}")
 
     def forward(self, idx, targets=None, reduction="mean", cache=None):
         """Logits, and with targets the cross-entropy in nats.

@@ -74,8 +74,7 @@ class Trainer:
         elif cfg.init_from != resuming.SCRATCH:
             resuming.take_weights(self, checkpoint.load(cfg.init_from))
         self.model.to(self.device)
-        if world.rank:
-            torch.manual_seed(cfg.seed + 2**32 * world.rank)  # other units drop out than in the first process
+        torch.manual_seed(cfg.seed + 2**32 * world.rank)  # of dropout: the same in all arms, another in each process
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
         elif self.device.type == "cpu":

@@ -1,7 +1,7 @@
 """Statistics over seeds: means with intervals, differences paired by seed, and a verdict in words.
 
-Runs of two arms with the same seed read the same data in the same order, and start from the same weights as far as they
-have the same matrices in the same order. So the statistics are of the differences of such pairs.
+Runs of two arms with the same seed read the same data in the same order, and each matrix that both have starts from the
+same weights (`GPT.draw_weights`). So the statistics are of the differences of such pairs.
 Losses are in nats per token. Intervals and p-values are Student's t (scipy's), two-sided; they assume that the
 differences of the seeds are normal and independent.
 """

@@ -203,6 +203,45 @@ def test_without_targets_only_the_last_logits_come():
     torch.testing.assert_close(logits[:, 0], model(idx, idx)[0][:, -1])
 
 
+SHAPES = dict(
+    n_layer=st.integers(1, 3),
+    n_head=st.sampled_from([2, 4]),
+    n_kv_head=st.sampled_from([None, 1, 2]),
+    wq_identity=st.booleans(),
+    tie_weights=st.booleans(),
+    pos=st.sampled_from(["learned", "rope", "none"]),
+    norm=st.sampled_from(["layernorm", "rmsnorm", "dyt"]),
+    mlp_ratio=st.sampled_from([2.0, 4.0]),
+    n_expert=st.sampled_from([0, 2]),
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(first=st.fixed_dictionaries(SHAPES), second=st.fixed_dictionaries(SHAPES), seed=st.integers(0, 2**62))
+def test_models_of_one_seed_share_every_matrix_that_both_have(first, second, seed):
+    models = []
+    for shape in (first, second):
+        torch.manual_seed(seed)
+        models.append(GPT(GPTConfig(**{**vars(SMALL), **shape})))
+    named = [dict(model.named_parameters()) for model in models]
+    for name in named[0].keys() & named[1].keys():
+        parts = [parameter.split([len(parameter)]) for parameter in (named[0][name], named[1][name])]
+        if "c_attn" in name:
+            attention = name.removesuffix(".c_attn.weight")
+            parts = [m.get_submodule(attention).split_qkv(m.get_parameter(name), 0) for m in models]
+        for one, other in zip(*parts, strict=True):
+            smaller = first["n_layer"] != second["n_layer"] and name.endswith("c_proj.weight")
+            if one.shape == other.shape and not smaller:
+                assert torch.equal(one, other), name
+
+
+def test_no_two_initial_matrices_are_the_same():
+    model = GPT(SMALL)
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    values = torch.cat([part.flatten() for matrix in matrices for part in matrix.split(16)])
+    assert len(values.unique()) > 0.99 * len(values)
+
+
 def test_initialisation_is_gpt_2_s():
     torch.manual_seed(4)
     model = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=256, vocab_size=512, bias=True))

@@ -179,8 +179,8 @@ def test_auto_is_bfloat16_on_a_cpu_where_that_was_measured_to_be_faster(monkeypa
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     cpu, fast = torch.device("cpu"), torch.bfloat16 if amx else torch.float32
     for n_embd, vocab_size, n_decoded, expected in (
-        (64, 320, None, torch.float32),
-        (128, 320, None, fast),
+        (48, 320, None, torch.float32),
+        (64, 320, None, fast),
         (128, 320, 8, torch.float32),
         (384, 50304, 3, torch.float32),
         (384, 50304, 4, fast),
