@@ -153,7 +153,13 @@ def coerce(name, value, kind, where):
     wanted = type_name(kind)
     if value is None and types.NoneType in alternatives(kind):
         return None
-    (kind,) = [choice for choice in alternatives(kind) if choice is not types.NoneType]
+    kinds = [choice for choice in alternatives(kind) if choice is not types.NoneType]
+    if len(kinds) > 1:
+        for choice in kinds:
+            with contextlib.suppress(ValueError):
+                return coerce(name, value, choice, where)
+        refuse(wanted)
+    (kind,) = kinds
     choices = typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
         if isinstance(value, (list, tuple)):
@@ -213,7 +219,7 @@ def type_name(kind):
         return " or ".join("none" if choice is types.NoneType else type_name(choice) for choice in alternatives(kind))
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
-        return f"one of {', '.join(map(str, arguments))}"
+        return f"{'one of ' if len(arguments) > 1 else ''}{', '.join(map(str, arguments))}"
     if typing.get_origin(kind) is tuple:
         return f"a list, each {type_name(arguments[0])}"
     return TYPE_NAMES[kind]
@@ -242,7 +248,8 @@ def from_text(text, kind):
     kinds = alternatives(kind)
     if text.lower() == "none" and types.NoneType in kinds:
         return None
-    if any(choice in (str, FilePath) or typing.get_origin(choice) is typing.Literal for choice in kinds):
+    texts = (str, FilePath, types.NoneType)
+    if all(choice in texts or typing.get_origin(choice) is typing.Literal for choice in kinds):
         return text
     for choice in kinds:
         if typing.get_origin(choice) is tuple:

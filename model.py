@@ -2,8 +2,8 @@
 
 By default the architecture is GPT-2's, as in the paper's Section 5.2 (pre-LayerNorm blocks of attention and MLP); the
 options of `GPTConfig` make it any other that the paper names. With `wq_identity` the queries are the block's normalised
-input itself, W_Q = I: nothing takes its place, neither a parameter nor a product. `attn_scale` multiplies the usual
-1/sqrt(d_k). Parameters carry nanoGPT's names, so state dicts move between the two.
+input itself, W_Q = I: nothing takes its place, neither a parameter nor a product. `ATTENTION` has the other queries.
+`attn_scale` multiplies the usual 1/sqrt(d_k). Parameters carry nanoGPT's names, so state dicts move between the two.
 
 Shapes: B sequences, T tokens, d_k = n_embd / n_head.
 """
@@ -18,7 +18,10 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from engine.attention import attend
+from engine.model_options import check
 
+INITIAL_STD = 0.02  # of the weights, as in GPT-2
+PAPER_WIDTH = 768  # n_embd of the paper's models
 ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU(approximate="tanh"), "relu": nn.ReLU}
 NORMS = {
     "layernorm": lambda config: nn.LayerNorm(config.n_embd, bias=config.bias),
@@ -48,6 +51,12 @@ class GPTConfig:
     activation: Literal["gelu", "gelu_tanh", "relu"] = "gelu"  # of the MLP; gelu_tanh is GPT-2's approximation
     wk_identity: bool = False  # W_K = I, for comparison
     wv_identity: bool = False  # W_V = I, for comparison
+    query_residual: Literal["linear", "mlp"] | None = None  # with wq_identity: the input plus W_Q's or an MLP's output
+    query_rotation: bool | int = False  # with wq_identity: a fixed rotation of the input in each layer; 2, 3, …: others
+    wq_identity_from: int = 0  # with wq_identity: the first layer that has W_Q = I; those before it train a W_Q
+    share_kv: bool = False  # W_V = W_K: the values are the keys, before rotation and normalisation
+    qk_norm: bool = False  # the queries and keys of each head are divided by their root mean square
+    attn_logit_std: float | Literal["paper"] | None = None  # of the logits at the start; paper: attn_scale's at 768
     norm: Literal["layernorm", "rmsnorm", "dyt", "none"] = "layernorm"  # before attention, MLP and LM head; dyt: tanh
     pos: Literal["learned", "rope", "none"] = "learned"  # positions: an embedding, or rotated queries and keys
     attn_skip: bool = True  # the skip connection around attention
@@ -76,6 +85,34 @@ class GPTConfig:
     def mlp_hidden(self):
         """The hidden width of the MLP, or of one expert."""
         return round(self.mlp_ratio * self.n_embd)
+
+    @property
+    def values_are_keys(self):
+        """Whether attention reads one tensor as keys and as values, so that decoding caches half as much."""
+        return self.share_kv and not self.qk_norm and self.pos != "rope"
+
+    def query(self, layer):
+        """What the queries of a layer are: a name in ATTENTION."""
+        if not self.wq_identity or layer < self.wq_identity_from:
+            return "trained"
+        return "rotation" if self.query_rotation else self.query_residual or "identity"
+
+    def attn_scale_in(self, layer):
+        """What multiplies 1/sqrt(d_k) in a layer: attn_scale, or what attn_logit_std asks for."""
+        if self.attn_logit_std is None:
+            return self.attn_scale
+        paper = self.attn_scale * self.unscaled_logit_std(layer, PAPER_WIDTH)
+        wanted = paper if self.attn_logit_std == "paper" else self.attn_logit_std
+        return wanted / self.unscaled_logit_std(layer, self.n_embd)
+
+    def unscaled_logit_std(self, layer, n_embd):
+        """The standard deviation of the attention logits of new models of a width, over 1/sqrt(d_k) times 1.
+
+        A normalised input has variance 1, and its product with new weights n_embd·0.02².
+        """
+        product = n_embd * INITIAL_STD**2
+        query = {"trained": product, "linear": 1 + product, "mlp": 2.0}.get(self.query(layer), 1.0)
+        return 1.0 if self.qk_norm else math.sqrt(query * (1.0 if self.wk_identity else product))
 
 
 def at_least_float32(x):
@@ -123,28 +160,33 @@ class Rotary(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention; (B, T, n_embd) to (B, T, n_embd).
+    """Multi-head attention in a layer; (B, T, n_embd) to (B, T, n_embd).
 
     The rows of `c_attn.weight` are the blocks Q, K, V in this order. An identity projection has none: the layer's input
-    takes the place of its output.
+    takes the place of its output; nor have values that are the keys.
     """
 
-    def __init__(self, config: GPTConfig):
+    has_wq = True
+
+    def __init__(self, config: GPTConfig, layer=0):
         super().__init__()
-        self.wq_identity, self.wk_identity = config.wq_identity, config.wk_identity
-        self.wv_identity = config.wv_identity
         kv_width = config.kv_heads * config.d_k
-        q_width = 0 if config.wq_identity else config.n_embd
+        q_width = config.n_embd if self.has_wq else 0
         k_width = 0 if config.wk_identity else kv_width
-        v_width = 0 if config.wv_identity else kv_width
+        v_width = 0 if config.wv_identity or config.share_kv else kv_width
         self.widths = (q_width, k_width, v_width)
         self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.rotary = Rotary(config.d_k, config.block_size) if config.pos == "rope" else None
         self.resid_dropout = nn.Dropout(config.dropout)
         self.d_k, self.dropout, self.is_causal = config.d_k, config.dropout, config.causal
-        self.scale = config.attn_scale / math.sqrt(config.d_k)
-        self.is_grouped = config.kv_heads < config.n_head
+        self.wk_identity, self.wv_identity, self.share_kv = config.wk_identity, config.wv_identity, config.share_kv
+        self.qk_norm, self.is_grouped = config.qk_norm, config.kv_heads < config.n_head
+        self.scale = config.attn_scale_in(layer) / math.sqrt(config.d_k)
+
+    def query(self, x, product):
+        """The queries, (B, T, n_embd), of the layer's input x and, where the layer has a W_Q, its product with it."""
+        return product
 
     def split_qkv(self, tensor, dim=-1):
         """The blocks Q, K, V of c_attn's output, weight or bias along `dim`; that of an identity is empty."""
@@ -153,10 +195,12 @@ class SelfAttention(nn.Module):
     def project(self, x, positions=None):
         """The queries, keys and values of x, (B, heads, T, d_k) each; positions: (T,) int64, None: 0 to T − 1."""
         q, k, v = self.split_qkv(self.c_attn(x))  # (B, T, width)
-        q = x if self.wq_identity else q  # (B, T, n_embd): W_Q = I, the queries are the input itself
+        q = self.query(x, q)  # (B, T, n_embd)
         k = x if self.wk_identity else k  # (B, T, kv_heads * d_k)
-        v = x if self.wv_identity else v  # (B, T, kv_heads * d_k)
+        v = x if self.wv_identity else k if self.share_kv else v  # (B, T, kv_heads * d_k)
         q, k, v = (t.unflatten(-1, (-1, self.d_k)).transpose(1, 2) for t in (q, k, v))  # (B, heads, T, d_k)
+        if self.qk_norm:
+            q, k = (F.rms_norm(t, (self.d_k,), eps=1e-6) for t in (q, k))
         if self.rotary:
             q, k = self.rotary(q, positions), self.rotary(k, positions)
         return q, k, v
@@ -170,6 +214,59 @@ class SelfAttention(nn.Module):
         dropout_p = self.dropout if self.training else 0.0
         y = attend(q, k, v, scale=self.scale, enable_gqa=self.is_grouped, dropout_p=dropout_p, **visible)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # from (B, n_head, T, d_k)
+
+
+class IdentityQuery(SelfAttention):
+    """W_Q = I: the queries are the input itself."""
+
+    has_wq = False
+
+    def query(self, x, product):
+        return x
+
+
+class LinearResidualQuery(SelfAttention):
+    """X + X·W_Q (the authors' `residual`)."""
+
+    def query(self, x, product):
+        return x + product
+
+
+class MLPResidualQuery(IdentityQuery):
+    """X + LN(GELU(RMSNorm(X)·W₁)·W₂), W₁ (n_embd, n_embd/2) (arXiv 2603.13381, the authors' `residual_gelu`)."""
+
+    def __init__(self, config, layer=0):
+        super().__init__(config, layer)
+        self.residual_rmsnorm_input = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.residual_in = nn.Linear(config.n_embd, config.n_embd // 2, bias=config.bias)
+        self.residual_out = nn.Linear(config.n_embd // 2, config.n_embd, bias=config.bias)
+        self.residual_layernorm_output = nn.LayerNorm(config.n_embd, bias=config.bias)
+
+    def query(self, x, product):
+        hidden = F.gelu(self.residual_in(self.residual_rmsnorm_input(x)))  # (B, T, n_embd / 2)
+        return x + self.residual_layernorm_output(self.residual_out(hidden))
+
+
+class RotatedQuery(IdentityQuery):
+    """X·R with a random orthogonal R of the layer, neither trained nor stored: does the choice of basis matter?"""
+
+    def __init__(self, config, layer=0):
+        super().__init__(config, layer)
+        drawn = torch.empty(config.n_embd, config.n_embd, dtype=torch.float64)
+        draw_normal(drawn, 1.0, f"{int(config.query_rotation)} rotation {layer}")
+        self.register_buffer("rotation", torch.linalg.qr(drawn).Q.float(), persistent=False)
+
+    def query(self, x, product):
+        return x @ self.rotation.type_as(x)
+
+
+ATTENTION = {
+    "trained": SelfAttention,
+    "identity": IdentityQuery,
+    "linear": LinearResidualQuery,
+    "mlp": MLPResidualQuery,
+    "rotation": RotatedQuery,
+}
 
 
 class MLP(nn.Module):
@@ -223,10 +320,10 @@ class Block(nn.Module):
     (B, T, n_embd) to the same, and the load-balancing loss of its experts, 0 for a plain MLP.
     """
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer=0):
         super().__init__()
         self.ln_1 = NORMS[config.norm](config)
-        self.attn = SelfAttention(config)
+        self.attn = ATTENTION[config.query(layer)](config, layer)
         self.ln_2 = None if config.parallel else NORMS[config.norm](config)
         self.mlp = MixtureOfExperts(config) if config.n_expert else MLP(config)
         self.attn_skip, self.mlp_skip = config.attn_skip, config.mlp_skip
@@ -281,7 +378,7 @@ class GPT(nn.Module):
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
                 **({"wpe": nn.Embedding(config.block_size, config.n_embd)} if config.pos == "learned" else {}),
                 "drop": nn.Dropout(config.dropout),
-                "h": nn.ModuleList([block(config) for _ in range(n_block)]),
+                "h": nn.ModuleList([block(config, layer) for layer in range(n_block)]),
                 "ln_f": NORMS[config.norm](config),
             }
         )
@@ -299,11 +396,11 @@ class GPT(nn.Module):
             elif name.endswith("attn.c_attn.weight"):
                 attention = self.get_submodule(name.removesuffix(".c_attn.weight"))
                 for part, matrix in zip("QKV", attention.split_qkv(parameter, dim=0), strict=True):
-                    draw_normal(matrix, 0.02, f"{key} {name} {part}")
+                    draw_normal(matrix, INITIAL_STD, f"{key} {name} {part}")
             elif parameter.dim() == 2:
                 # Each block adds twice to the residual stream: smaller output projections keep its variance (GPT-2).
                 smaller = math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 1.0
-                draw_normal(parameter, 0.02 / smaller, f"{key} {name}")
+                draw_normal(parameter, INITIAL_STD / smaller, f"{key} {name}")
 
     def forward(self, idx, targets=None, reduction="mean", cache=None):
         """Logits, and with targets the cross-entropy in nats.
@@ -343,51 +440,3 @@ class GPT(nn.Module):
         sizes = {name: parameter.numel() for name, parameter in self.named_parameters()}
         in_layers = sum(size for name, size in sizes.items() if ".attn." in name or ".mlp." in name)
         return ParamCount(sum(sizes.values()), in_layers)
-
-
-def check(config):
-    """Raise ValueError, naming the fields and what would be valid, for a GPTConfig that cannot be built."""
-    positive = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "mlp_ratio", "n_expert_active")
-    for name in (*positive, "attn_scale", "load_balance", "n_expert"):
-        value = getattr(config, name)
-        if not (0 < value < math.inf or (value == 0 and name not in positive)):  # nan is neither
-            raise ValueError(f"{name} must be {'positive' if name in positive else 'zero or positive'}, got {value}")
-    for name, choices in (("activation", ACTIVATIONS), ("norm", NORMS), ("pos", ("learned", "rope", "none"))):
-        if getattr(config, name) not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(config, name)!r}")
-    if not 0 <= config.dropout < 1:
-        raise ValueError(f"dropout must be at least 0 and below 1, got {config.dropout}")
-    if config.n_embd % config.n_head:
-        lower = config.n_embd - config.n_embd % config.n_head
-        near = " or ".join(str(width) for width in (lower, lower + config.n_head) if width)
-        raise ValueError(
-            f"n_embd={config.n_embd} does not divide into n_head={config.n_head} heads: make n_embd a multiple of "
-            f"{config.n_head}, such as {near}"
-        )
-    if abs(config.mlp_ratio * config.n_embd - config.mlp_hidden) > 1e-9 * config.mlp_hidden:  # but for rounding
-        raise ValueError(
-            f"mlp_ratio={config.mlp_ratio} times n_embd={config.n_embd} is not a whole hidden width: make mlp_ratio a "
-            f"multiple of 1/{config.n_embd}, such as {round(config.mlp_ratio * config.n_embd)}/{config.n_embd}"
-        )
-    if config.n_kv_head is not None and (config.n_kv_head < 1 or config.n_head % config.n_kv_head):
-        divisors = [str(n) for n in range(1, config.n_head + 1) if config.n_head % n == 0]
-        raise ValueError(
-            f"n_kv_head={config.n_kv_head} must divide n_head={config.n_head}: use one of {', '.join(divisors)}"
-        )
-    if config.n_kv_head not in (None, config.n_head) and (config.wk_identity or config.wv_identity):
-        raise ValueError(
-            f"wk_identity and wv_identity need n_kv_head=n_head={config.n_head}, not {config.n_kv_head}: with fewer "
-            "heads keys and values are narrower than the block's input, which cannot take their place"
-        )
-    if config.wq_identity and config.wk_identity and config.wv_identity:
-        raise ValueError("wq_identity, wk_identity and wv_identity leave attention nothing to learn: set at most two")
-    if config.pos == "rope" and config.d_k % 2:
-        raise ValueError(
-            f"pos=rope rotates pairs: n_embd/n_head must be even, got {config.n_embd}/{config.n_head} = {config.d_k}"
-        )
-    if config.parallel and config.attn_skip != config.mlp_skip:
-        raise ValueError("parallel=True has one skip connection: set attn_skip and mlp_skip both to True or to False")
-    if config.n_expert and not config.n_expert_active <= config.n_expert:
-        raise ValueError(
-            f"n_expert_active={config.n_expert_active} must not exceed n_expert={config.n_expert} (0: a plain MLP)"
-        )

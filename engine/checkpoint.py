@@ -28,8 +28,10 @@ MAX_DEPTH, MAX_VALUES = 16, 10**6  # of nested dicts and lists, and of the value
 OF_THE_WEIGHTS = (  # options on which the names, shapes or rows of the weights depend, beside block_size
     *("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "mlp_ratio", "bias", "tie_weights", "wq_identity"),
     *("wk_identity", "wv_identity", "norm", "pos", "parallel", "share_layers", "n_expert"),
+    *("query_residual", "query_rotation", "wq_identity_from", "share_kv"),
 )
-IDENTITIES = ("wq_identity", "wk_identity", "wv_identity")  # which decide what the rows of c_attn are
+# Which decide what the rows of c_attn are, or what they are trained for.
+ROWS = ("wq_identity", "wk_identity", "wv_identity", "query_residual", "query_rotation", "wq_identity_from", "share_kv")
 POSITIONS = "transformer.wpe.weight"  # (block_size, n_embd)
 
 
@@ -91,7 +93,7 @@ def load_weights(model, state):
             )
         weights[POSITIONS] = weights[POSITIONS][: here.block_size]
     problem = _misfit(weights, expected, here.tie_weights)
-    if problem or any(getattr(here, name) != getattr(there, name) for name in IDENTITIES):
+    if problem or any(getattr(here, name) != getattr(there, name) for name in ROWS):
         options = [{name: getattr(config, name) for name in OF_THE_WEIGHTS} for config in (there, here)]
         reason = "; ".join(differing(*options)) or problem
         raise ValueError(f"the checkpoint's weights do not fit the model: {reason}")

@@ -44,9 +44,9 @@ class KVCache:
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         # Not one tensor for all: torch.compile copies the whole of a tensor that a view of it writes to.
+        kinds = ("both",) if config.values_are_keys else ("keys", "values")
         self.tensors = [
-            [torch.zeros(shape, dtype=dtype, device=weight.device) for _ in ("keys", "values")]
-            for _ in range(config.n_layer)
+            [torch.zeros(shape, dtype=dtype, device=weight.device) for _ in kinds] for _ in range(config.n_layer)
         ]
         self.max_tokens, self.n_tokens, self.few_shapes = max_tokens, 0, few_shapes
 
@@ -72,21 +72,22 @@ class KVCache:
 
     def layer(self, number):
         """The LayerCache of one layer, for the tokens of the last `advance`."""
-        return LayerCache(*self.tensors[number], self.positions, self.n_places, self.visible)
+        keys, values = self.tensors[number][0], self.tensors[number][-1]
+        return LayerCache(keys, values, self.positions, self.n_places, self.visible)
 
 
 class LayerCache(NamedTuple):
     """What attention needs of a KVCache."""
 
     keys: torch.Tensor  # (B, kv_heads, max_tokens + 1, d_k), as are the values
-    values: torch.Tensor
+    values: torch.Tensor  # the same tensor as keys where values are keys
     positions: torch.Tensor  # (n_new,) int64, of the new tokens
     n_places: int  # that attention looks at
     visible: dict  # which of these a new token sees, for scaled_dot_product_attention
 
     def extend(self, k, v):
         """Keep the new tokens' k and v, (B, kv_heads, n_new, d_k); those of all n_places, and which are visible."""
-        for kept, new in ((self.keys, k), (self.values, v)):
+        for kept, new in ((self.keys, k), (self.values, v))[: 1 if self.values is self.keys else 2]:
             kept.index_copy_(2, self.positions, new.to(kept.dtype))
         return self.keys[:, :, : self.n_places], self.values[:, :, : self.n_places], self.visible
 

@@ -24,17 +24,28 @@ def cost(config: GPTConfig) -> Cost:
     """
     d, biases = config.n_embd, int(config.bias)
     kv_width = config.kv_heads * config.d_k
-    qkv_width = d * (not config.wq_identity) + kv_width * (not config.wk_identity) + kv_width * (not config.wv_identity)
+    kv_blocks = 2 - config.wk_identity - config.wv_identity - config.share_kv
     hidden = config.mlp_hidden * max(1, config.n_expert)
-    matrices = d * qkv_width + d * d + 2 * d * hidden + d * config.n_expert  # of one layer
-    layer = matrices + biases * (qkv_width + d + hidden + d)
+    matrices = d * kv_blocks * kv_width + d * d + 2 * d * hidden + d * config.n_expert  # of one layer, without queries
+    layer = matrices + biases * (kv_blocks * kv_width + d + hidden + d)
     norm = {"layernorm": d * (1 + biases), "rmsnorm": d, "dyt": 2 * d + 1, "none": 0}[config.norm]
     blocks = 1 if config.share_layers else config.n_layer
+    w_q, bottleneck = d * d, 2 * d * (d // 2)
+    query = {  # of each kind of queries: its parameters, and those of its products
+        "trained": (w_q + biases * d, w_q),
+        "identity": (0, 0),
+        "linear": (w_q + biases * d, w_q),
+        "mlp": (bottleneck + 2 * d + biases * (2 * d + d // 2), bottleneck),
+        "rotation": (0, w_q),
+    }
+    queries = [query[config.query(layer_number)] for layer_number in range(config.n_layer)]
+    attn_mlp = blocks * layer + sum(parameters for parameters, _ in queries[:blocks])
     embeddings = config.vocab_size * d * (1 if config.tie_weights else 2) + config.block_size * d * (
         config.pos == "learned"
     )
     norms = norm * ((1 if config.parallel else 2) * blocks + 1)
     attention = 4 * config.block_size * d  # QKᵀ and the weighted sum of V
-    forward = config.n_layer * (2 * matrices + attention) + 2 * d * config.vocab_size
-    cache = 2 * config.n_layer * 2 * kv_width if config.causal else 0
-    return Cost(blocks * layer + embeddings + norms, blocks * layer, forward, 3 * forward, cache)
+    products = config.n_layer * matrices + sum(product for _, product in queries)
+    forward = 2 * products + config.n_layer * attention + 2 * d * config.vocab_size
+    cache = 2 * config.n_layer * (1 if config.values_are_keys else 2) * kv_width if config.causal else 0
+    return Cost(attn_mlp + embeddings + norms, attn_mlp, forward, 3 * forward, cache)

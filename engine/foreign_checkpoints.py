@@ -15,7 +15,12 @@ TRAINING = {  # options among the authors' model_args that are not the model's
     *("max_iters", "weight_decay", "beta1", "beta2", "grad_clip", "save_checkpoint_steps", "init_from", "seed"),
 }
 AUTHORS = {"num_heads", "head_size", "mlp_hidden_size", "query_mode", "use_query_weights", "scale"}
-QUERY_MODES = {"original": False, "identity": True}  # -> wq_identity
+QUERY_MODES = {  # -> options
+    "original": dict(wq_identity=False),
+    "identity": dict(wq_identity=True),
+    "residual": dict(wq_identity=True, query_residual="linear"),
+    "residual_gelu": dict(wq_identity=True, query_residual="mlp"),
+}
 
 
 def convert(state):
@@ -69,8 +74,8 @@ def _from_authors(args, model):
     if mode is None:  # the older form
         mode = "original" if args.get("use_query_weights", True) else "identity"
     if not isinstance(mode, str) or mode not in QUERY_MODES:
-        raise ValueError(f"its query_mode is {shown(mode)}, and only {' and '.join(QUERY_MODES)} can be loaded so far")
-    options |= {"n_head": n_head, "wq_identity": QUERY_MODES[mode]}
+        raise ValueError(f"its query_mode must be one of {', '.join(QUERY_MODES)}, got {shown(mode)}")
+    options |= {"n_head": n_head, **QUERY_MODES[mode]}
     if args.get("mlp_hidden_size") is not None:
         hidden = _positive(args, "mlp_hidden_size", whole=True)
     else:  # the older form does not state it

@@ -178,7 +178,7 @@ def header(run):
     rows = {
         "run": f"{run.folder}, step {run.step} of {cfg.max_iters}",
         "model": f"{cfg.n_layer} layers, {cfg.n_head} heads, n_embd {cfg.n_embd}, "
-        f"{'W_Q = I' if cfg.wq_identity else 'with W_Q'}, attention scale {cfg.attn_scale:g}/√{cfg.d_k}, "
+        f"{'W_Q = I' if cfg.wq_identity else 'with W_Q'}, attention scale {_attention_scale(cfg)}, "
         f"{'tied' if cfg.tie_weights else 'untied'} embeddings",
         "options": ", ".join(options) or "the other model options have their defaults",
         "parameters": f"{parameters.total:,} ({parameters.attn_mlp:,} in attention + MLP)",
@@ -190,6 +190,15 @@ def header(run):
         "device": f"{devices.describe_device(run.device)}, {devices.dtype_name(compute.dtype)}{compiled}",
     }
     return "\n".join(f"{name:<10}  {row}" for name, row in rows.items())
+
+
+def _attention_scale(cfg):
+    """The scale of each kind of layer, and the standard deviation that logits have with it at the start, as text."""
+    scales = {cfg.attn_scale_in(layer): cfg.unscaled_logit_std(layer, cfg.n_embd) for layer in range(cfg.n_layer)}
+    text = ", then ".join(f"{scale:.3g}/√{cfg.d_k}" for scale in scales)
+    if cfg.norm not in ("layernorm", "rmsnorm"):
+        return text
+    return f"{text} (logits of ± {', then '.join(f'{scale * std:.2g}' for scale, std in scales.items())} at the start)"
 
 
 def summary(run, validation):

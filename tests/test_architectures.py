@@ -21,7 +21,21 @@ from engine.files import sha256_of
 from model import GPT, GPTConfig
 
 CONFIG = Path(__file__).resolve().parents[1] / "config"
-OVERLAYS = ("rope", "gqa", "mqa", "rmsnorm", "dyt", "nonorm", "parallel", "shared", "moe", "encoder")
+OVERLAYS = (
+    "rope",
+    "gqa",
+    "mqa",
+    "rmsnorm",
+    "dyt",
+    "nonorm",
+    "parallel",
+    "shared",
+    "moe",
+    "encoder",
+    "share_kv",
+    "qk_norm",
+)
+QUERIES = ("residual_linear_tied", "residual_mlp_tied", "rotated_tied", "reduced_tied_from1")
 SMALL = dict(block_size=12, vocab_size=29, n_layer=2, n_head=4, n_embd=16)
 CHOICES = dict(
     norm=("layernorm", "rmsnorm", "dyt", "none"),
@@ -296,8 +310,10 @@ def data_dir(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("variant", ["baseline_tied", "reduced_tied"])
-@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize(
+    ("overlay", "variant"),
+    [*itertools.product(OVERLAYS, ("baseline_tied", "reduced_tied")), *itertools.product(("rope",), QUERIES)],
+)
 def test_every_overlay_trains_resumes_and_generates(overlay, variant, data_dir, tmp_path, monkeypatch, refuses):
     monkeypatch.chdir(tmp_path)
     files = [str(CONFIG / f"{name}.py") for name in ("quick", overlay, variant)]

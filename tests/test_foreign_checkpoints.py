@@ -47,13 +47,19 @@ def nanogpt(model, prefix="", masks=False, without=(), args=(), **entries):
     }
 
 
+def query_mode(config):
+    """What the authors call the queries of a model."""
+    residuals = {"linear": "residual", "mlp": "residual_gelu", None: "identity"}
+    return residuals[config.query_residual] if config.wq_identity else "original"
+
+
 def authors(model, without=(), **args):
     """What the train.py of the paper's authors saves of a model."""
     config = model.config
     options = {
         **dict(block_size=config.block_size, vocab_size=config.vocab_size, n_layer=config.n_layer),
         **dict(num_heads=config.n_head, n_embd=config.n_embd, head_size=config.d_k, mlp_hidden_size=config.mlp_hidden),
-        **dict(tie_weights=config.tie_weights, query_mode="identity" if config.wq_identity else "original"),
+        **dict(tie_weights=config.tie_weights, query_mode=query_mode(config)),
         **dict(dropout=0.0, bias=config.bias, batch_size=12, accumulation_size=40),
         "scale": config.attn_scale / math.sqrt(config.d_k),
         **dict(learning_rate=6e-4, weight_decay=2**-5, beta1=0.9, beta2=0.95, grad_clip=1.0, decay_lr=True),
@@ -133,6 +139,8 @@ def test_weights_of_another_precision(tmp_path, dtype):
         dict(wq_identity=True, attn_scale=0.5),
         dict(wq_identity=True, attn_scale=0.5, mlp_ratio=4.5, tie_weights=False),
         dict(mlp_ratio=3.5, bias=True),
+        dict(wq_identity=True, query_residual="linear", attn_scale=0.5),
+        dict(wq_identity=True, query_residual="mlp", attn_scale=0.5, bias=True),
         dict(n_embd=6, n_head=2, attn_scale=0.5),  # 1/√3 is no short number
     ],
     ids=str,
@@ -156,11 +164,14 @@ def test_the_authors_older_form(tmp_path):
 @pytest.mark.parametrize(
     ("state", "words"),
     [
-        (lambda m: authors(m, query_mode="residual"), "query_mode is 'residual', and only original and identity"),
-        (lambda m: authors(m, query_mode="residual_gelu"), "query_mode is 'residual_gelu', and only"),
-        (lambda m: authors(m, query_mode=3), "query_mode is 3"),
-        (lambda m: authors(m, query_mode=["original"]), "query_mode is list"),
-        (lambda m: authors(m, query_mode=torch.zeros(9, 9)), "query_mode is Tensor"),
+        (
+            lambda m: authors(m, query_mode="gelu"),
+            "query_mode must be one of original, identity, residual, residual_gelu",
+        ),
+        (lambda m: authors(m, query_mode="residual_gelu"), "lacks the weight transformer.h.0.attn.residual"),
+        (lambda m: authors(m, query_mode=3), "residual_gelu, got 3"),
+        (lambda m: authors(m, query_mode=["original"]), "residual_gelu, got list"),
+        (lambda m: authors(m, query_mode=torch.zeros(9, 9)), "residual_gelu, got Tensor"),
         (lambda m: authors(m, head_size=10), "head_size must be n_embd/num_heads = 16/2, got 10"),
         (lambda m: authors(m, scale="big"), "positive number scale, got 'big'"),
         (lambda m: authors(m, num_heads=0), "positive whole number num_heads, got 0"),

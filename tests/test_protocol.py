@@ -16,7 +16,8 @@ MODEL = {  # Section 5.2.1, "Model architecture"
     **dict(n_layer=12, n_head=12, n_kv_head=None, n_embd=768, mlp_ratio=4.0, block_size=1024),
     **dict(activation="gelu", norm="layernorm", pos="learned", bias=False, dropout=0.0),
     **dict(attn_skip=True, mlp_skip=True, parallel=False, share_layers=False, causal=True, n_expert=0),
-    **dict(wk_identity=False, wv_identity=False),
+    **dict(wk_identity=False, wv_identity=False, share_kv=False, qk_norm=False, attn_logit_std=None),
+    **dict(query_residual=None, query_rotation=False, wq_identity_from=0),
     "vocab_size": 50304,  # its 50,257 to a multiple of 64, as in the authors' configurations
 }
 TRAINING = {
@@ -45,6 +46,9 @@ CHANGES = {
     **{"gpt3_medium": GPT3, "gpt3_large": GPT3, "gpt3_xl": GPT3},
     **{"encoder": {"causal", "objective"}, "moe": {"n_expert", "n_expert_active"}, "parallel": {"parallel"}},
     **{"rope": {"pos"}, "rmsnorm": {"norm"}, "dyt": {"norm"}, "nonorm": {"norm"}, "shared": {"share_layers"}},
+    **{"share_kv": {"share_kv"}, "qk_norm": {"qk_norm"}, "residual_linear_tied": {"query_residual"}},
+    **{"residual_mlp_tied": {"query_residual"}, "rotated_tied": {"query_rotation"}},
+    **{"reduced_tied_from1": {"wq_identity_from"}},
     **{"gqa": {"n_kv_head"}, "mqa": {"n_kv_head"}, "attn_skip_only": {"norm", "mlp_skip"}},
     **{f"{column}_d744": {"n_embd"} for column in COLUMNS},
     **{f"{column}_mlp3p5": {"mlp_ratio"} for column in COLUMNS},

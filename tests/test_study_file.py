@@ -141,7 +141,7 @@ def test_every_study_is_valid_at_the_paper_s_size_and_at_the_quick_one(path, siz
     objective = dict({(run.name.partition(",")[0], run.config.objective) for run in runs})
     assert all(objective[arm] == objective[control] for arm, control in controls.items()), "comparable losses"
     assert len(runs) == len(content["arms"]) * len(content["seeds"])
-    assert len(content["seeds"]) == (5 if path.stem == "study_table2" else 3)
+    assert len(content["seeds"]) == (5 if path.stem in ("study_table2", "study_query") else 3)
     assert f"# python sweep.py config/{path.name} config/quick.py" in " ".join(path.read_text().split())
 
 

@@ -28,7 +28,7 @@ READERS = {
 class ExtendedConfig(GPTConfig):
     """A GPTConfig with an option that theory/ does not know."""
 
-    qk_norm: bool = False
+    qk_clip: bool = False
 
 
 def extended(model, **changes):
@@ -81,8 +81,8 @@ def test_the_shapes_are_those_of_every_architecture():
         (add_buffer, ["must know every parameter", "got transformer.h.1.attn.slopes", "theory/weights.py"]),
         (rename_parameter, ["got transformer.h.1.mlp.c_gate.weight"]),
         (widen_parameter, ["transformer.h.1.mlp.c_fc.weight of shape (64, 16)", "got one of shape (128, 16)"]),
-        (lambda model: extended(model, qk_norm=True), ["got qk_norm=True, not at its default, False", "OPTIONS"]),
-        (lambda model: extended(model), ["got qk_norm=False, at its default", "OPTIONS"]),
+        (lambda model: extended(model, qk_clip=True), ["got qk_clip=True, not at its default, False", "OPTIONS"]),
+        (lambda model: extended(model), ["got qk_clip=False, at its default", "OPTIONS"]),
     ],
 )
 def test_a_parameter_or_an_option_that_is_not_known_is_refused_by_name(function, change, words):
@@ -95,8 +95,8 @@ def test_a_parameter_or_an_option_that_is_not_known_is_refused_by_name(function,
 def test_no_result_covers_a_model_with_an_option_that_is_not_known(monkeypatch):
     model = random_model(**dict(SMALL, n_head=1, norm="layernorm"))
     assert reparametrize.covering_result(model) == "Proposition 4.1"
-    assert "qk_norm=True" in refusal(reparametrize.covering_result, extended(model, qk_norm=True))
-    monkeypatch.setitem(weights.OPTIONS, "qk_norm", (False, True))
+    assert "qk_clip=True" in refusal(reparametrize.covering_result, extended(model, qk_clip=True))
+    monkeypatch.setitem(weights.OPTIONS, "qk_clip", (False, True))
     assert reparametrize.covering_result(model) == "Proposition 4.1"
 
 

@@ -22,6 +22,9 @@ OPTIONS = dict.fromkeys(ANY_VALUE.split()) | {
     "activation": ("gelu", "gelu_tanh", "relu"),
     "norm": ("layernorm", "rmsnorm", "dyt", "none"),
     "pos": ("learned", "rope", "none"),
+    "query_residual": (None,),
+    **dict.fromkeys(("query_rotation", "wq_identity_from", "share_kv", "qk_norm"), (False,)),
+    "attn_logit_std": (None,),
 }
 ROTARY = ("rotary.cos", "rotary.sin")  # buffers of attention, which follow from the options
 
@@ -60,9 +63,10 @@ def check_options(config):
                 "theory/weights.py, OPTIONS, that its results hold with it, or use a model without this option"
             )
         if OPTIONS[field.name] and value not in OPTIONS[field.name]:
+            known = ", ".join(map(str, OPTIONS[field.name]))
             raise ValueError(
-                f"theory/ knows {field.name}={', '.join(OPTIONS[field.name])}, got {value}: say in theory/weights.py, "
-                "OPTIONS, that its results hold with it, or use a model with another value"
+                f"theory/ knows {field.name}={known}, got {value}: say in theory/weights.py, OPTIONS, that its results "
+                "hold with it, or use a model with another value"
             )
 
 
