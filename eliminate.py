@@ -4,6 +4,8 @@
     python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run/no_wq.pt --gauge=orthonormal     most precise in bfloat16
     python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run/no_wk.pt --which=k --max_cond=1e5
     python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run/layer3.pt --layer=3              only the W_Q of one layer
+    python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run/heads.pt --heads                   of any model, a part
+    python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run/triangular.pt --triangular --layer=0    through norms
     python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run/fitted.pt --approximate          if no result applies
 
 Computes in float64; prints each layer's condition number and how far the logits of the two models are apart. Without
@@ -24,7 +26,7 @@ import configurator
 from configurator import FilePath, require
 from engine import checkpoint, devices, run_files
 from engine.files import read_json, write_json
-from theory import gauge, reparametrize, trained_model, verification
+from theory import gauge, orthogonal, reparametrize, trained_model, verification
 
 N_RANDOM = 8  # sequences of random tokens
 
@@ -37,7 +39,9 @@ class EliminateConfig:
     out: FilePath | None = None  # the file to write, which must not exist
     which: Literal["q", "k", "v"] = "q"  # the projection that becomes the identity: W_Q, W_K or W_V
     layer: int | None = None  # the only layer whose projection is removed, from 0; none: all layers
-    gauge: Literal["kept", "balanced", "orthonormal"] = "kept"  # the initial form of W_Q and W_K (Proposition 4.2)
+    gauge: Literal["kept", "balanced", "orthonormal"] = "kept"  # the initial form of the heads (Proposition 4.2)
+    heads: bool = False  # in any model: the top d_k rows of each head of W_Q and of W_V become I, and need no storage
+    triangular: bool = False  # norms included: W_Q of the layer that `layer` names becomes upper triangular
     max_cond: float = reparametrize.MAX_COND  # the largest condition number of a matrix that is inverted
     approximate: bool = False  # not exact: W_Q = I and the W_K that fits training text best, for fine-tuning
     windows: int | None = 32  # validation windows for the comparison, training windows for a fit; none: all
@@ -51,10 +55,20 @@ class EliminateConfig:
         require(self, positive="windows")
         if not self.max_cond >= 1:
             raise ValueError(f"max_cond must be at least 1, the condition number of the identity, got {self.max_cond}")
-        if self.approximate and (self.which, self.layer, self.gauge) != ("q", None, "kept"):
-            raise ValueError(
-                "approximate=True replaces W_Q in all layers: leave which, layer and gauge at their defaults"
-            )
+        ways = [name for name in ("heads", "triangular", "approximate") if getattr(self, name)]
+        if len(ways) > 1:
+            raise ValueError(f"{' and '.join(ways)} are different ways to rewrite a model: set one of them")
+        layer = None if self.triangular else self.layer
+        if ways and (self.which, layer, self.gauge) != ("q", None, "kept"):
+            what = {
+                "heads": "acts on W_Q and W_V of all layers",
+                "triangular": "acts on W_Q",
+                "approximate": "replaces W_Q in all layers",
+            }[ways[0]]
+            names = "which and gauge" if self.triangular else "which, layer and gauge"
+            raise ValueError(f"{ways[0]}=True {what}: leave {names} at their defaults")
+        if self.triangular and self.layer is None:
+            raise ValueError("triangular=True acts on one layer, as all have one basis: name it with --layer=…")
         if self.approximate and self.windows is None:
             raise ValueError("windows must be a number with approximate=True, such as 256, got none (all of it)")
 
@@ -78,7 +92,8 @@ def eliminate(cfg):
     model = checkpoint.build_model(state).eval()
     original = copy.deepcopy(model).double()
     print(f"rewriting {source}, step {state['step']}")
-    rewrite = rewrite_approximately if cfg.approximate else rewrite_exactly
+    ways = {"approximate": rewrite_approximately, "heads": rewrite_heads, "triangular": rewrite_triangular}
+    rewrite = next((function for name, function in ways.items() if getattr(cfg, name)), rewrite_exactly)
     result, conditions, rewritten = rewrite(original, state, cfg)
     reduced = copy.deepcopy(rewritten).float()
 
@@ -110,7 +125,7 @@ def eliminate(cfg):
     else:
         found["real"] = compare(f"{len(x)} validation windows", x, y, with_loss=True)
 
-    asked = {name: getattr(cfg, name) for name in ("ckpt", "which", "layer", "gauge", "max_cond", "approximate")}
+    asked = {name: getattr(cfg, name) for name in ("ckpt", "which", "layer", "gauge", "max_cond", *ways)}
     write(target, source, state, reduced, {**asked, **found})
     print(f"wrote {target}")
     print(f"to generate text: python sample.py --out_dir={target.parent} --ckpt={target.name}")
@@ -123,13 +138,41 @@ def rewrite_exactly(original, state, cfg):
     """Rewrite a GPT with the same logits, as cfg says: (the result's name, {layer: condition number of Θ}, new GPT)."""
     result = reparametrize.covering_result(original, cfg.which, cfg.layer)
     inverts = result in reparametrize.BY_CHANGE_OF_BASIS
-    start = original if cfg.gauge == "kept" else gauge.change_gauge(original, cfg.gauge)
+    start = original if cfg.gauge == "kept" else gauge.change_gauge(original, cfg.gauge, cfg.which)
     conditions = reparametrize.condition_numbers(start, cfg.which, cfg.layer) if inverts else {}
     matrix = f"W_{cfg.which.upper()}"
     print(f"{matrix} = I by {result}{'' if inverts else ', which inverts no matrix'}")
     for layer, condition in conditions.items():
         print(f"layer {layer}: {matrix} has condition number {condition:.4g}")
     return result, conditions, reparametrize.eliminate(start, cfg.which, cfg.layer, cfg.max_cond)
+
+
+def rewrite_heads(original, state, cfg):
+    """As `rewrite_exactly`, with the top d_k rows of each head of W_Q and W_V as I: {'layer 0, W_Q': condition}."""
+    rewritten, found = gauge.identity_in_heads(original)
+    conditions = {f"layer {layer}, W_{name.upper()}": condition for (layer, name), condition in found.items()}
+    config, names = original.config, " and ".join(sorted({f"W_{name.upper()}" for _, name in found}))
+    for matrix, condition in conditions.items():
+        print(f"{matrix}: the rows that become I have condition numbers of up to {condition:.4g}")
+        if condition > cfg.max_cond:
+            raise ValueError(
+                f"{matrix}: its top {config.d_k} rows are badly conditioned ({condition:.3g}, max_cond="
+                f"{cfg.max_cond:g}), so inverting them would make the logits imprecise: accept that with a larger "
+                "max_cond"
+            )
+    print(
+        f"the top {config.d_k} rows of each head of {names} are I: {len(found) * config.kv_heads * config.d_k**2:,} "
+        "parameters are known and need not be stored (the file has them, so that every program loads it)"
+    )
+    return "Proposition 4.2 and its twin for W_V and W_O", conditions, rewritten
+
+
+def rewrite_triangular(original, state, cfg):
+    """As `rewrite_exactly`, with an upper triangular W_Q in cfg.layer."""
+    rewritten = orthogonal.triangular_query(original, cfg.layer)
+    d = original.config.n_embd
+    print(f"W_Q of layer {cfg.layer} is upper triangular: {d * (d - 1) // 2:,} of its {d * d:,} parameters are 0")
+    return "an orthogonal change of basis", {}, rewritten
 
 
 def rewrite_approximately(original, state, cfg):

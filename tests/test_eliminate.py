@@ -19,7 +19,7 @@ from model import SelfAttention
 from theory import reparametrize, verification, weights
 
 ATTENTION_SKIP_ONLY = dict(norm="none", mlp_skip=False, vocab_size=320)
-SCHEDULE = dict(max_iters=200, learning_rate=3e-2, eval_interval=1000, eval_windows=1000, log_interval=100)
+SCHEDULE = dict(max_iters=200, learning_rate=1e-2, eval_interval=1000, eval_windows=1000, log_interval=100)
 
 
 @pytest.fixture
@@ -204,7 +204,13 @@ def test_nothing_is_overwritten(trained, refuses):
         (dict(mlp_skip=True), [], ["one residual stream", "layer="]),
         (dict(wq_identity=True), [], ["wq_identity=True", "already"]),
         (dict(), ["--max_cond=1.5"], ["layer 0", "badly conditioned", "max_cond=1.5"]),
-        (dict(pos="rope"), ["--gauge=balanced"], ["pos=rope"]),
+        (dict(norm="layernorm"), [], ["--heads", "--triangular"]),
+        (dict(), ["--heads", "--triangular", "--layer=0"], ["heads and triangular are different ways"]),
+        (dict(), ["--heads", "--which=v"], ["heads=True acts on W_Q and W_V of all layers", "at their defaults"]),
+        (dict(), ["--triangular"], ["triangular=True acts on one layer", "--layer"]),
+        (dict(norm="dyt"), ["--triangular", "--layer=0"], ["norm=dyt"]),
+        (dict(), ["--heads", "--max_cond=1.5"], ["layer 0, W_Q", "badly conditioned", "max_cond=1.5"]),
+        (dict(pos="rope", wv_identity=True), ["--heads"], ["neither W_Q nor W_V"]),
         (dict(), ["--layer=2"], ["layer must be", "below 2", "got 2"]),
     ],
 )
@@ -236,6 +242,38 @@ def test_another_attention_in_the_code_is_refused(trained, refuses, monkeypatch,
     words = [*words, "must agree up to rounding", "on 8 sequences of random tokens", "nothing is written"]
     refuses(eliminate.main, *arguments, words=words)
     assert not Path("out/new").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "line"),
+    [
+        (dict(norm="layernorm", mlp_skip=True), ["--heads"], "of W_Q and W_V are I: 512 parameters are known"),
+        (dict(norm="dyt", mlp_skip=True, n_kv_head=1), ["--heads"], "of W_Q and W_V are I: 256 parameters are known"),
+        (dict(norm="rmsnorm", mlp_skip=True, pos="rope"), ["--heads"], "of W_V are I: 256 parameters are known"),
+        (dict(norm="layernorm", mlp_skip=True), ["--triangular", "--layer=1"], "120 of its 256 parameters are 0"),
+        (dict(pos="rope"), ["--gauge=balanced"], "W_Q = I by Theorem 4.1"),
+        (dict(), ["--gauge=orthonormal", "--which=k"], "W_K = I by Theorem 4.1"),
+    ],
+)
+def test_what_is_exact_in_models_with_norms(trained, command, changes, arguments, line):
+    cfg = trained(**changes)
+    status, out, error = command(eliminate.main, "--ckpt=out/run/ckpt.pt", "--out=out/new/ckpt.pt", *arguments)
+    assert (status, error) == (0, "")
+    assert line in out
+    new = checkpoint.load("out/new/ckpt.pt")
+    options = {name: value for name, value in new["model_config"].items() if value != getattr(cfg, name)}
+    assert (
+        options
+        == {
+            "--heads": {},
+            "--triangular": {"norm": "rmsnorm", "tie_weights": False},
+            "--gauge=balanced": {"wq_identity": True},
+            "--gauge=orthonormal": {"wk_identity": True},
+        }[arguments[0]]
+    )
+    after = validation_loss(dataclasses.replace(cfg, **options), "out/new/ckpt.pt")
+    assert after == pytest.approx(validation_loss(cfg, "out/run/ckpt.pt"), abs=1e-3)
+    assert new["eliminated"]["heads"] == ("--heads" in arguments)
 
 
 def test_a_difference_on_validation_text_alone_is_refused(trained, refuses, monkeypatch):

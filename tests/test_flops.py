@@ -159,6 +159,9 @@ def test_the_cost_table_says_what_the_paper_says(command):
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()]
     assert rows[2][1:3] == ["124.4 → 117.3 M (−5.7%)", "84.9 → 77.9 M (−8.3%)"]
     assert rows[2][4] == "36 KiB"
+    assert rows[3][:2] == ["an encoder without an LM head", "124.4 → 117.3 M (−5.7%)"]
+    saved = [float(row[3].split("−")[1].rstrip("%)")) for row in rows[2:4]]
+    assert saved[1] > 1.2 * saved[0]  # of the operations
     caches = {row[0]: row[4] for row in rows[3:]}
     assert (caches["grouped-query, 4 heads, MLP"], caches["multi-query, MLP"]) == ("12 KiB", "3 KiB")
 

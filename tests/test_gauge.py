@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from random_models import ATTENTION_SKIP_ONLY, EXACT, SMALL, attention, conditioned, difference, normal, random_model
 
 from theory import gauge, reparametrize
@@ -48,31 +50,135 @@ def test_proposition_4_2_balanced_heads_have_equal_gram_matrices_and_one_form(n_
         torch.testing.assert_close(other[name], tensor, rtol=1e-8, atol=1e-8)
 
 
-def test_proposition_4_2_an_orthonormal_gauge_conditions_w_q_nearly_as_well_as_any():
+CHOICES = dict(
+    n_head=st.sampled_from([1, 2, 4]),
+    n_kv_head=st.sampled_from([None, 1]),
+    d_k=st.sampled_from([2, 4, 6]),
+    n_layer=st.integers(1, 3),
+    norm=st.sampled_from(["layernorm", "rmsnorm", "dyt", "none"]),
+    pos=st.sampled_from(["learned", "rope", "none"]),
+    bias=st.booleans(),
+    parallel=st.booleans(),
+    share_layers=st.booleans(),
+    tie_weights=st.booleans(),
+    causal=st.booleans(),
+    n_expert=st.sampled_from([0, 2]),
+)
+
+
+def chosen_model(choice, seed):
+    choice = dict(choice)
+    choice["n_embd"] = choice["n_head"] * choice.pop("d_k")
+    return random_model(seed=seed, cond=30, **dict(SMALL, **choice))
+
+
+@settings(max_examples=40, deadline=None)
+@given(choice=st.fixed_dictionaries(CHOICES), seed=st.integers(0, 99))
+def test_the_top_rows_of_heads_become_the_identity_in_any_model(choice, seed):
+    model = chosen_model(choice, seed)
+    config = model.config
+    found, conditions = gauge.identity_in_heads(model)
+    assert difference(model, found) < EXACT * max(1.0, max(conditions.values()) / 1e3)
+    assert {name for _, name in conditions} == ({"v"} if config.pos == "rope" else {"q", "v"})
+    known = 0
+    for number, block in enumerate(read_weights(found).blocks):
+        for name in "qv":
+            if (number, name) in conditions:
+                for head in gauge.split_heads(block[name].weight, config.kv_heads):
+                    assert torch.equal(head[: config.d_k, : config.d_k], torch.eye(config.d_k).double())
+                    known += config.d_k**2
+    if config.n_kv_head is None:
+        assert known == len(conditions) * config.n_embd * config.d_k
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    choice=st.fixed_dictionaries(CHOICES),
+    seed=st.integers(0, 99),
+    which=st.sampled_from("qkv"),
+    name=st.sampled_from(gauge.GAUGES),
+)
+def test_a_change_of_gauge_keeps_the_logits_and_has_the_form_that_it_names(choice, seed, which, name):
+    model = chosen_model(choice, seed)
+    config = model.config
+    found = gauge.change_gauge(model, name, which)
+    assert difference(model, found) < EXACT
+    assert found.config == config
+    rotary = config.pos == "rope" and which != "v"
+    for before, block in zip(read_weights(model).blocks, read_weights(found).blocks, strict=True):
+        shared = "v" if which == "v" else "k"
+        many = block["o"].weight.T if which == "v" else block["q"].weight
+        pair = (
+            gauge.stack_groups(many, block[shared].weight, config.kv_heads),
+            gauge.split_heads(block[shared].weight, config.kv_heads),
+        )
+        if rotary:
+            lengths = [gauge.rotary_pairs(heads).norm(dim=1) for heads in pair]
+            if name == "balanced":
+                torch.testing.assert_close(*lengths)
+            else:
+                own = lengths["qk".index(which)]
+                torch.testing.assert_close(own, own.mean().expand_as(own))
+        else:
+            grams = [heads.mT @ heads for heads in pair]
+            if name == "balanced":
+                torch.testing.assert_close(*grams, rtol=1e-8, atol=1e-8)
+            else:
+                own = grams[0] if which == "q" else grams[1]
+                expected = torch.eye(config.d_k).double() * own[0, 0, 0]
+                torch.testing.assert_close(own, expected.expand_as(own), rtol=1e-8, atol=1e-8)
+        if name == "orthonormal" and not (which == "q" and config.kv_heads < config.n_head):
+            torch.testing.assert_close(block[which].weight.norm(), before[which].weight.norm())
+
+
+def test_rotary_checkpoints_that_differ_by_a_gauge_have_one_balanced_form():
+    model = random_model(cond=30, **dict(SMALL, norm="rmsnorm", pos="rope"))
+    elsewhere = copy.deepcopy(model)
+    for i, block in enumerate(elsewhere.transformer.h):
+        z = torch.complex(normal(4, 2, seed=i), normal(4, 2, seed=i + 9))
+        weight = block.attn.c_attn.weight.data
+        changed = gauge.apply_gauge(weight[:16].T, weight[16:32].T, gauge.commuting_gauge(z))
+        weight[:32] = torch.cat(changed, dim=1).T
+    assert difference(model, elsewhere) < EXACT
+    forms = [gauge.change_gauge(m).state_dict() for m in (model, elsewhere)]
+    for name, tensor in forms[0].items():
+        torch.testing.assert_close(forms[1][name], tensor, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("which", "qkv")
+def test_the_orthonormal_gauge_conditions_the_projection_that_is_removed(which):
     model = random_model(cond=30, **ATTENTION_SKIP_ONLY)
+    start = {"q": 0, "k": 16, "v": 32}[which]
     for seed, block in enumerate(model.transformer.h):
-        weight, blocks = block.attn.c_attn.weight.data, torch.stack([conditioned(4, 1e4, torch.manual_seed(seed))] * 4)
-        weight[:32] = torch.cat(gauge.apply_gauge(weight[:16].T, weight[16:32].T, blocks), dim=1).T
-    worse, better = model, gauge.change_gauge(model, "orthonormal")
-    assert min(reparametrize.condition_numbers(worse).values()) > 1e4
-    assert max(reparametrize.condition_numbers(better).values()) <= 4**0.5 * 30 * (1 + 1e-9)
-    assert difference(worse, better) < EXACT
-    assert difference(worse, reparametrize.eliminate(better)) < EXACT
+        rows = block.attn.c_attn.weight.data[start : start + 16].view(4, 4, 16)
+        rows.copy_(torch.stack([conditioned(4, 1e4, torch.manual_seed(seed))] * 4) @ rows)
+    better = gauge.change_gauge(model, "orthonormal", which)
+    assert min(reparametrize.condition_numbers(model, which).values()) > 1e4
+    assert max(reparametrize.condition_numbers(better, which).values()) <= 4**0.5 * 30 * (1 + 1e-9)
+    assert difference(model, reparametrize.eliminate(better, which)) < EXACT
 
 
 @pytest.mark.parametrize(
     ("changes", "is_singular", "words"),
     [
-        (dict(pos="rope"), False, ["pos=rope", "commute"]),
-        (dict(wq_identity=True), False, ["wq_identity"]),
-        (dict(), True, ["layer 1, head 2", "rank below d_k=4"]),
+        (dict(wq_identity=True), False, ["wq_identity=True"]),
+        (dict(), True, ["layer 1, head 2", "rank below 4"]),
+        (dict(pos="rope"), True, ["layer 1, head 2", "rotary pairs"]),
     ],
 )
 def test_a_gauge_that_cannot_be_changed_is_refused(changes, is_singular, words):
-    model = random_model(**SMALL, **changes)
+    model = random_model(**dict(SMALL, **changes))
     if is_singular:
-        model.transformer.h[1].attn.c_attn.weight.data[8] = model.transformer.h[1].attn.c_attn.weight.data[9]
+        rows = model.transformer.h[1].attn.c_attn.weight.data[8:12]
+        rows.mul_(torch.tensor([1.0, 0, 1, 0])[:, None])
     for name in gauge.GAUGES:
         with pytest.raises(ValueError) as refusal:
             gauge.change_gauge(model, name)
         assert all(word in str(refusal.value) for word in words), refusal.value
+
+
+def test_heads_without_freedom_are_refused():
+    with pytest.raises(ValueError, match=r"wv_identity=True.*neither W_Q nor W_V"):
+        gauge.identity_in_heads(random_model(**dict(SMALL, wv_identity=True, pos="rope")))
+    with pytest.raises(ValueError, match="W_V and W_O needs wv_identity=False"):
+        gauge.change_gauge(random_model(**dict(SMALL, wv_identity=True)), which="v")

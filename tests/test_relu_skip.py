@@ -1,6 +1,7 @@
 """Section 8.2 of the paper: what is true, what is not, and the search for J."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -158,7 +159,7 @@ def test_merging_neurons_keeps_the_function(seed, h):
     W2 = torch.randint(-1, 2, (h, 12), generator=rng(seed + 1)).double()
     small1, small2 = relu_skip.merge_neurons(W1, W2)
     x = points(h)
-    torch.testing.assert_close(relu_skip.relu_mlp(x, small1, small2), relu_skip.relu_mlp(x, W1, W2))
+    torch.testing.assert_close(relu_skip.mlp(x, small1, small2), relu_skip.mlp(x, W1, W2))
     if len(small1):
         assert (relu_skip.parallel_rows(small1) > 0).sum() == len(small1)
 
@@ -178,7 +179,7 @@ def test_corollary_8_3_1_is_false_as_stated_every_weight_has_exceptions(seed, h,
     W1_new, W2_new, Z_new = relu_skip.corollary_8_3_1_exception(W1, W2, Z, J)
     assert torch.linalg.matrix_rank(Z - Z_new) == h  # Z' ≠ Z and Z − Z' is invertible: the corollary applies
     x = points(h)
-    ours, theirs = relu_skip.relu_mlp(x, W1, W2, Z), relu_skip.relu_mlp(x, W1_new, W2_new, Z_new)
+    ours, theirs = relu_skip.mlp(x, W1, W2, Z), relu_skip.mlp(x, W1_new, W2_new, Z_new)
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
     assert relu_skip.absorb(W1, W2, Z - Z_new).exists
 
@@ -187,3 +188,34 @@ def test_a_planted_subset_has_between_h_and_m_elements():
     for size in (2, 13):
         with pytest.raises(ValueError, match="at least h=3"):
             relu_skip.planted_instance(3, size, rng(0))
+
+
+@pytest.mark.parametrize("name", relu_skip.ABSORBING)
+@pytest.mark.parametrize("h", [2, 5])
+def test_theorem_8_3_holds_for_every_activation_that_is_its_reflection_plus_u(name, h):
+    activation = relu_skip.ABSORBING[name]
+    Z = torch.randn(h, h, generator=rng(3), dtype=torch.float64)
+    W1, W2, J = relu_skip.planted_instance(h, 2 * h, rng(h), 4 * h, Z)
+    V1, V2 = relu_skip.theorem_8_3(W1, W2, J, Z, tol=1e-6)
+    assert relu_skip.absorption_gap(points(h), W1, W2, V1, V2, Z, activation) < 1e-9
+    assert relu_skip.absorption_gap(points(h), W1, W2, V1, V2, Z, lambda u: torch.relu(u) ** 2) > 1e-3
+    wide1, wide2 = relu_skip.widened(W1, W2, Z)
+    assert relu_skip.absorption_gap(points(h), W1, W2, wide1, wide2, Z, activation) < 1e-9
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_squared_relu_and_gated_mlps_absorb_no_skip(seed):
+    W1, W2 = relu_skip.random_mlp(4, 16, rng(seed))
+    W3, _ = relu_skip.random_mlp(4, 16, rng(seed + 9))
+    Z = torch.randn(4, 4, generator=rng(seed), dtype=torch.float64)
+    squared = partial(relu_skip.mlp, W1=W1, W2=W2, activation=lambda u: torch.relu(u) ** 2)
+    gated = [
+        partial(relu_skip.gated_mlp, W1=W1, W3=W3, W2=W2, activation=activation)
+        for activation in relu_skip.ABSORBING.values()
+    ]
+    for function in (squared, *gated):
+        assert relu_skip.derivative_at_zero(function, 4).abs().max() == 0  # whatever W is
+        with_skip = relu_skip.derivative_at_zero(lambda x, own=function: own(x) + Z @ x, 4)
+        torch.testing.assert_close(with_skip, Z)
+    plain = partial(relu_skip.mlp, W1=W1, W2=W2, activation=torch.nn.functional.gelu)
+    torch.testing.assert_close(relu_skip.derivative_at_zero(plain, 4), W2 @ W1 / 2)

@@ -1,4 +1,4 @@
-"""Section 8.2: when an MLP can absorb its skip connection, W₂ReLU(W₁x) + x = V₂ReLU(V₁x) for all x.
+"""Section 8.2: when an MLP can absorb its skip connection, W₂ReLU(W₁x) + x = V₂ReLU(V₁x) for all x, and for which MLPs.
 
 Here the paper multiplies column vectors from the left: W1 is (m, h) and W2 is (h, m), the shapes in which nn.Linear
 stores `c_fc.weight` and `c_proj.weight`; x is (..., h). An index set J is a boolean mask (m,). Any non-zero matrix Z
@@ -10,19 +10,44 @@ has a kink of its own: no row of W₁ is zero or parallel to another, and no col
 for granted where it says that the kinks must be identical. But dead neurons, or neurons with the same kink, leave V
 more freedom than W uses: with W₁ and W₂ of rank h and h dead neurons V always exists (`widened`), and J almost never
 does.
+
+Other activations (arXiv 2604.23705): J ⇒ V, with the same V, needs of ReLU that f(u) − f(−u) = u, and GELU, its tanh
+approximation and SiLU have that, too (`ABSORBING`). Squared ReLU and gated MLPs, W₂(f(W₁x) ⊙ W₃x), absorb no skip,
+whatever their weights: their derivative at x = 0 is zero, and that of a skip Zx is Z (`derivative_at_zero`).
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 PARALLEL = 1e-12  # two rows count as parallel if 1 − |cos| is below this
+ABSORBING = {  # the activations with f(u) − f(−u) = u
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
 
 
-def relu_mlp(x, W1, W2, Z=None):
-    """W₂ReLU(W₁x) + Zx for x (..., h); here Z=None means no skip."""
-    y = torch.relu(x @ W1.T) @ W2.T
+def mlp(x, W1, W2, Z=None, activation=torch.relu):
+    """W₂f(W₁x) + Zx for x (..., h) and the activation f; here Z=None means no skip."""
+    y = activation(x @ W1.T) @ W2.T
     return y if Z is None else y + x @ Z.T
+
+
+def gated_mlp(x, W1, W3, W2, activation=F.silu):
+    """W₂(f(W₁x) ⊙ W₃x) for x (..., h), W1 and W3 (m, h): SwiGLU, or with other activations GeGLU and ReGLU."""
+    return (activation(x @ W1.T) * (x @ W3.T)) @ W2.T
+
+
+def derivative_at_zero(function, h):
+    """The Jacobian (h, h) of function, (h,) to (h,) in float64, at 0: Z for a skip connection Zx beside it.
+
+    Where that of an MLP is zero for all weights, W₂f(W₁x) + Zx = V₂f(V₁x) has no solution for any Z but 0.
+    """
+    return torch.autograd.functional.jacobian(function, torch.zeros(h, dtype=torch.float64))
 
 
 def subset_product(W1, W2, J):
@@ -31,7 +56,7 @@ def subset_product(W1, W2, J):
 
 
 def theorem_8_3(W1, W2, J, Z=None, tol=1e-9):
-    """V₁ (m, h) and V₂ (h, m) of Theorem 8.3: W₁ with the rows in J negated, and W₂ itself.
+    """V₁ (m, h) and V₂ (h, m) of Theorem 8.3: W₁ with the rows in J negated, and W₂ itself; for all of `ABSORBING`.
 
     tol: relative to the largest entry of Z. Raises ValueError unless W₂[:, J]W₁[J, :] = −Z within tol.
     """
@@ -47,7 +72,7 @@ def theorem_8_3(W1, W2, J, Z=None, tol=1e-9):
 def widened(W1, W2, Z=None):
     """V₁ (m + h, h) and V₂ (h, m + h), which absorb the skip with h additional neurons, for any W₁ of rank h.
 
-    For h independent rows S of W₁, Zx = A(W₁[S]x) with A = Z W₁[S]⁻¹, and y = ReLU(y) − ReLU(−y). Not in the paper,
+    For h independent rows S of W₁, Zx = A(W₁[S]x) with A = Z W₁[S]⁻¹, and y = f(y) − f(−y). Not in the paper,
     which keeps the width; for an invertible Z and almost every W, fewer than h neurons are not enough. Raises
     ValueError if the rank of W₁ is below h.
     """
@@ -62,10 +87,10 @@ def widened(W1, W2, Z=None):
     return torch.cat((W1, -W1[S])), torch.cat((V2, -A), dim=1)
 
 
-def absorption_gap(x, W1, W2, V1, V2, Z=None):
-    """The largest |W₂ReLU(W₁x) + Zx − V₂ReLU(V₁x)| over x (..., h), divided by the largest |W₂ReLU(W₁x) + Zx|."""
-    target = relu_mlp(x, W1, W2, identity_like(W1) if Z is None else Z)
-    return ((relu_mlp(x, V1, V2) - target).abs().max() / target.abs().max()).item()
+def absorption_gap(x, W1, W2, V1, V2, Z=None, activation=torch.relu):
+    """The largest |W₂f(W₁x) + Zx − V₂f(V₁x)| over x (..., h), divided by the largest |W₂f(W₁x) + Zx|."""
+    target = mlp(x, W1, W2, identity_like(W1) if Z is None else Z, activation)
+    return ((mlp(x, V1, V2, activation=activation) - target).abs().max() / target.abs().max()).item()
 
 
 class Search(NamedTuple):

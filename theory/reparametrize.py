@@ -130,8 +130,9 @@ def covering_result(model, which="q", layer=None):
     if config.norm != "none":
         approximately = ", or rewrite it with --approximate and fine-tune" if which == "q" else ""
         raise ValueError(
-            f"norm={config.norm}: no change of basis passes through a normalisation exactly (Remark 5), so "
-            f"W_{which.upper()} cannot be removed from these weights; use a model with norm=none, or train with "
+            f"norm={config.norm}: only an orthogonal change of basis passes through a norm exactly (Remark 5), so "
+            f"W_{which.upper()} cannot be removed from these weights; exact are --heads, with which a part of W_Q and "
+            "of W_V becomes I, and --triangular --layer=…; or use a model with norm=none, or train with "
             f"w{which}_identity=True from the start{approximately}"
         )
     if identities:

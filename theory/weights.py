@@ -151,12 +151,13 @@ def read_weights(model):
     return Weights(state["transformer.wte.weight"], positions, affine("lm_head"), blocks)
 
 
-def build_model(weights, config, like):
+def build_model(weights, config, like, unit_norms=False):
     """A GPT with this config and these Weights; norms, dtype, device and mode are those of the GPT `like`.
 
-    Raises ValueError if weights have a non-zero bias where a GPT with this config has none.
+    unit_norms: the norms are those of a new model, with gains of 1 and without shifts. Raises ValueError if weights
+    have a non-zero bias where a GPT with this config has none.
     """
-    state = {name: tensor for name, tensor in like.state_dict().items() if ".ln_" in name}
+    state = {} if unit_norms else {name: tensor for name, tensor in like.state_dict().items() if ".ln_" in name}
 
     def put(name, layer, bias):
         state[f"{name}.weight"] = layer.weight.T
@@ -184,6 +185,8 @@ def build_model(weights, config, like):
                 put(f"transformer.h.{i}.{layer}", block[name], config.bias and name != "router")
     with torch.random.fork_rng(devices=[]):  # GPT() draws initial weights, which are replaced below
         built = GPT(config)
+    if unit_norms:
+        state |= {name: tensor for name, tensor in built.state_dict().items() if ".ln_" in name}
     parameter = like.lm_head.weight
     built.to(parameter.device, parameter.dtype).load_state_dict(state)
     return built.train(like.training)
