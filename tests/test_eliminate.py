@@ -84,7 +84,7 @@ def test_a_trained_model_has_the_same_loss_without_the_projection(trained, chang
 
 
 def test_the_new_file_samples_the_same_text_and_can_be_trained_further(trained):
-    cfg = trained()
+    cfg = trained(max_iters=60)
     eliminate.eliminate(options())
     texts = [
         sample.sample(sample.SampleConfig(out_dir=f, start="def", temperature=0, num_samples=1, max_new_tokens=200))
