@@ -18,7 +18,7 @@ from configurator import FilePath, require
 from corpus import tokenizers
 from engine import checkpoint, decode, devices, run_files
 from engine.attention import prefer_attention
-from engine.files import read_json, reason
+from engine.files import reason
 
 
 @dataclass
@@ -75,28 +75,6 @@ def newest_run(ckpt):
     return max(found, key=lambda path: path.stat().st_mtime).parent
 
 
-def tokenizer_of(path, name, vocab_size):
-    """The tokenizer of a checkpoint file: the one called name, or with None that of run.json beside the file.
-
-    Raises ValueError when neither is known, when they differ, and when it has more tokens than the model's vocab_size.
-    """
-    run_file = path.parent / run_files.FACTS
-    data = (read_json(run_file) or {}).get("data")
-    data = data if isinstance(data, dict) else {}
-    recorded = data.get("tokenizer")
-    if name is None and recorded is None:
-        raise ValueError(f"no {run_file} names the tokenizer: name it with --tokenizer=gpt2 or --tokenizer=bytes")
-    if None not in (name, recorded) and name != recorded:
-        raise ValueError(f"tokenizer must be {recorded}, as {run_file} says, got {name}: leave out --tokenizer")
-    tokenizer = tokenizers.get_tokenizer(name or recorded, data.get("characters"))
-    if tokenizer.n_vocab > vocab_size:
-        raise ValueError(
-            f"tokenizer must have at most {vocab_size} tokens, the vocab_size of {path}, got {name or recorded} with "
-            f"{tokenizer.n_vocab}"
-        )
-    return tokenizer
-
-
 def prompt_text(start):
     """The prompt: start itself, or the content of the file in FILE:path.
 
@@ -126,7 +104,7 @@ def sample(cfg):
     state = checkpoint.load(path)
     if not state["model_config"]["causal"]:
         raise ValueError(f"{path} is an encoder (causal=False): it fills masks and cannot continue a text")
-    tokenizer = tokenizer_of(path, cfg.tokenizer, state["model_config"]["vocab_size"])
+    tokenizer = tokenizers.tokenizer_of(path, cfg.tokenizer, state["model_config"]["vocab_size"])
     # An empty prompt begins where documents do, after the end of the one before.
     prompt = tokenizer.encode(text, allowed_special="all") or [tokenizer.eot_token]
     model = checkpoint.build_model(state).eval()

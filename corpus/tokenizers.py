@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from corpus.kinds import first_line
+from engine import run_files
+from engine.files import read_json
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_VOCABULARY_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
@@ -87,3 +89,25 @@ def get_tokenizer(name, characters=None):
             f"GPT-2's vocabulary is not on this machine and cannot be downloaded ({first_line(error)}): put {files} "
             f"into {folder}; both are at {GPT2_VOCABULARY_URL}/"
         ) from error
+
+
+def tokenizer_of(path, name, vocab_size):
+    """The tokenizer of a checkpoint file: the one called name, or with None that of run.json beside the file.
+
+    Raises ValueError when neither is known, when they differ, and when it has more tokens than the model's vocab_size.
+    """
+    run_file = path.parent / run_files.FACTS
+    data = (read_json(run_file) or {}).get("data")
+    data = data if isinstance(data, dict) else {}
+    recorded = data.get("tokenizer")
+    if name is None and recorded is None:
+        raise ValueError(f"no {run_file} names the tokenizer: name it with --tokenizer=gpt2 or --tokenizer=bytes")
+    if None not in (name, recorded) and name != recorded:
+        raise ValueError(f"tokenizer must be {recorded}, as {run_file} says, got {name}: leave out --tokenizer")
+    tokenizer = get_tokenizer(name or recorded, data.get("characters"))
+    if tokenizer.n_vocab > vocab_size:
+        raise ValueError(
+            f"tokenizer must have at most {vocab_size} tokens, the vocab_size of {path}, got {name or recorded} with "
+            f"{tokenizer.n_vocab}"
+        )
+    return tokenizer

@@ -23,12 +23,13 @@ CHUNK_BYTES = 1 << 20
 MAX_16, MAX_32 = 0xFFFF, 0xFFFFFFFF  # in the zip format: the number is in a 64-bit field
 
 
-def read(path, map_location="cpu", mmap=False):
+def read(path, map_location="cpu", mmap=False, legacy=False):
     """The object in a file of torch.save: tensors and plain values (NumPy scalars become Python's).
 
     Compares each record with its CRC-32, and each byte outside the records with what torch.save writes there: 0.4 s for
     1.5 GB (in the page cache, on an AMD EPYC), beside 0.2 s of torch.load itself.
     mmap: map the tensors into memory, without reading them and without their CRC-32.
+    legacy: take the format of PyTorch before 1.6, too, which has no checksums.
     Raises ValueError for a damaged file, and for one of another kind: what it is, and what to do.
     """
     path = Path(path)
@@ -38,10 +39,13 @@ def read(path, map_location="cpu", mmap=False):
         raise ValueError(f"{path} is a device or a pipe: name a checkpoint file")
     try:
         with open(path, "rb") as file:  # buffered: unbuffered, a read ends after 2 GB, and torch takes that for the end
-            _check_kind(file, path)
+            is_legacy = legacy and file.read(len(LEGACY)) == LEGACY
             file.seek(0)
-            _check_bytes(file, path, with_tensors=not mmap)
-            file.seek(0)
+            if not is_legacy:
+                _check_kind(file, path)
+                file.seek(0)
+                _check_bytes(file, path, with_tensors=not mmap)
+                file.seek(0)
             return _load(path if mmap else file, path, map_location=map_location, mmap=mmap)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"there is no checkpoint {path}: {_files_beside(path)}") from error
