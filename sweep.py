@@ -1,7 +1,7 @@
 """Run a study: arms × grid × seeds, each run a `train.py` process with a folder of its own.
 
 python sweep.py config/study_lr.py config/quick.py                 a study, at the size that quick.py sets
-python sweep.py config/study_lr.py config/quick.py --dry_run       print its commands, tokens and FLOPs; run nothing
+python sweep.py config/study_lr.py config/quick.py --dry_run       print commands, tokens, FLOPs and time; run nothing
 python sweep.py config/study_lr.py config/quick.py --watch=5       show the state of its runs, from another terminal
 python sweep.py config/study_lr.py --array_index=$SLURM_ARRAY_TASK_ID --array_size=$SLURM_ARRAY_TASK_COUNT
 
@@ -42,7 +42,7 @@ class SweepConfig:
     jobs: int | None = None  # runs at a time; none: one for each GPU, or on a CPU one for each core
     array_index: int = 0  # the number of this job in a job array, from 0; --index is an alias
     array_size: int = 1  # the number of jobs in the array, which divide the runs between them; --of is an alias
-    dry_run: bool = False  # print commands, tokens and FLOPs, and run nothing
+    dry_run: bool = False  # print commands, tokens, FLOPs and how long they take, and run nothing
     max_seconds: float | None = None  # of this process, after which it stops its runs, with checkpoints; none: no limit
     fail_fast: bool = False  # stop all runs when one fails; a run that diverges does not count as failed
     watch: float = 0.0  # seconds after which the state of the runs is shown again, running nothing; 0: off
@@ -63,8 +63,8 @@ def describe(runs):
     return f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}, {tokens:,} tokens, {flops:.2e} training FLOPs"
 
 
-def dry_run(runs):
-    """Print each run's state, identity and command, and what all of them cost."""
+def dry_run(runs, jobs, folder):
+    """Print each run's state, identity and command, and what all of them cost; folder: the study's."""
     states = {run: store.state(run.folder) for run in runs}
     for run, state in states.items():
         print(f"# {run.label}: {state}, {run_files.digest(dataclasses.asdict(run.config))}")
@@ -73,6 +73,8 @@ def dry_run(runs):
     remaining = [run for run, state in states.items() if state not in ("finished", "diverged")]
     if len(remaining) < len(runs):
         print(f"# remaining: {describe(remaining)}")
+    if remaining:
+        print(f"# {status.duration(remaining, jobs, folder.parent)}")
 
 
 def visible_gpus():
@@ -111,15 +113,15 @@ def sweep(cfg, options=(), began=None):
     runs = runs_of_array_job(all_runs, content["arms"], cfg.array_index, cfg.array_size)
     for run in all_runs:
         check_folder(run)
+    gpus = visible_gpus() if any(run.config.device in ("auto", "cuda") for run in runs) else []
+    jobs = cfg.jobs or len(gpus) or jobs_of_a_cpu(runs)
     if cfg.dry_run:
-        dry_run(runs)
+        dry_run(runs, jobs, folder)
         return 0
     for place in {(run.config.data_dir, run.config.dataset) for run in runs}:
         data.load_bins(*place)  # raises here what every run would raise
     store.write_study(folder, content)
     print(f"{folder}: {describe(runs)}", flush=True)
-    gpus = visible_gpus() if any(run.config.device in ("auto", "cuda") for run in runs) else []
-    jobs = cfg.jobs or len(gpus) or jobs_of_a_cpu(runs)
     execution = workers.Execution(runs, jobs, gpus if len(gpus) > 1 else ())
     stop = signals.StopSignal(cfg.max_seconds, began)
     result = execution.execute(cfg.fail_fast, stop)

@@ -1,14 +1,18 @@
-"""The state of a study's runs, as a table for a terminal."""
+"""The state of a study's runs, as a table for a terminal, and how long those that are left will take."""
 
+import datetime
 import json
 import math
 import shutil
 import sys
 import time
+from pathlib import Path
 
 from engine import run_files
+from engine.flops import cost
 from studies import store
-from studies.runs import series
+from studies.runs import read_run, series
+from train_config import TrainConfig
 
 COLUMNS = {  # of the table: key of a run's dict -> heading, format
     "run": ("run", "{}"),
@@ -79,8 +83,17 @@ def view(name, runs, width=None, height=None):
 
 
 def watch(folder, seconds):
-    """Print the state of a study's runs every `seconds` until all have ended; once where the output is no terminal."""
+    """Print the state of a study's runs every `seconds` until all have ended; once where the output is no terminal.
+
+    A study that has not begun is waited for.
+    """
     while True:
+        if not store.is_study(folder):
+            print(f"{folder}: not begun", flush=True)
+            if not sys.stdout.isatty():
+                return
+        while not store.is_study(folder):
+            time.sleep(seconds)
         content = store.read_study(folder)
         runs = rows(folder, content)
         if not sys.stdout.isatty():
@@ -91,3 +104,63 @@ def watch(folder, seconds):
         if all(row["state"] in ("finished", "diverged") for row in runs):
             return
         time.sleep(seconds)
+
+
+def last_speed(runs, folder):
+    """(run folder, training FLOPs per second, tokens per second) of the run that was measured last, or None.
+
+    Among PlannedRuns, or, where none of them has a speed yet, among all runs in folder, up to three levels deep. A
+    finished run's speed is that of its whole process, with its evaluations.
+    """
+    everywhere = [
+        path for levels in ("*", "*/*", "*/*/*") for path in Path(folder).glob(f"{levels}/{run_files.METRICS}")
+    ]
+    for paths in ([run.folder / run_files.METRICS for run in runs], everywhere):
+        paths = [path for path in paths if path.exists()]
+        for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+            try:
+                if found := _speed(path.parent):
+                    return found
+            except ValueError:  # damaged, or another program's: a speed is not worth a complaint
+                continue
+    return None
+
+
+def _speed(folder):
+    """What last_speed returns, of one run folder; None where nothing was measured."""
+    run = read_run(folder)
+    speeds = run and [*series(folder, run.metrics, "train", "tokens_per_second").values()]
+    if not speeds:
+        return None
+    speed = speeds[-1]
+    if run.summary and run.summary.get("wall_seconds") and run.summary["steps"]:
+        speed = run.summary["tokens"] / max(run.summary["wall_seconds"], run.summary.get("train_seconds") or 0)
+    known = TrainConfig.__dataclass_fields__
+    model = TrainConfig(**{name: value for name, value in run.config.items() if name in known}).model_config()
+    return run.folder, speed * cost(model).training_flops, speed
+
+
+def duration(runs, jobs, folder):
+    """A sentence: how long PlannedRuns take with so many at a time, at the speed that was measured last in folder."""
+    found = last_speed(runs, folder)
+    if not found:
+        return f"how long is not known, since no run in {folder} has a measured speed yet"
+    measured, rate, speed = found
+    seconds = sum(run.flops * (1 - run.progress) for run in runs) / (rate * max(1, min(jobs, len(runs))))
+    return (
+        f"about {span(seconds)}, {jobs} at a time, if each does as many FLOPs a second as {measured}, the run that was "
+        f"measured last ({speed:,.0f} tokens/s)"
+    )
+
+
+def span(seconds):
+    """A time in words, to two digits or so: '40 s', '12 min', '3 h 20 min', '2 d 4 h'."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    whole = datetime.timedelta(minutes=minutes)
+    return f"{whole.days} d {whole.seconds // 3600} h"

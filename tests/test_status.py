@@ -6,12 +6,15 @@ import os
 from pathlib import Path
 
 import pytest
-from run_folders import TWO_ARMS, planned, records, write_study_files
+from conftest import TINY
+from run_folders import TWO_ARMS, planned, records, write_run, write_study, write_study_files
 
 import sweep
 import train
 from engine import locks
+from engine.flops import cost
 from studies import status, store
+from train_config import TrainConfig
 
 
 def test_the_view_shows_what_the_files_hold(tiny, command):
@@ -57,3 +60,54 @@ def test_the_view_fits_its_terminal_and_shows_running_runs_first():
     lines = status.view("study", rows[:2], width=70).splitlines()
     assert {len(line) for line in lines[1:]} == {70}
     assert lines[2].startswith("an,arm=") and "…" in lines[2] and "/seed17  not started" in lines[2]
+
+
+def test_a_study_that_has_not_begun_is_waited_for(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "later"
+    status.watch(folder, 1)
+    assert capsys.readouterr().out == f"{folder}: not begun\n"
+    naps = []
+
+    def begin(seconds):  # in place of the second nap
+        naps.append(seconds)
+        if len(naps) == 2:
+            write_study(folder, {"a": {}}, lambda arm, seed: 2.0, seeds=(1,))
+
+    monkeypatch.setattr(status.time, "sleep", begin)
+    monkeypatch.setattr(status.sys.stdout, "isatty", lambda: True, raising=False)
+    status.watch(folder, 7)
+    assert naps == [7, 7]
+    assert "later: 1 finished" in capsys.readouterr().out
+
+
+def test_how_long_runs_take_follows_from_the_run_that_was_measured_last(tmp_path, monkeypatch, tiny):
+    files = write_study_files(TWO_ARMS + "seeds = [1, 2]", max_iters=4000)
+    runs, _ = planned(*files, "--out_dir=out/study")
+    assert status.duration(runs, 2, Path("out")) == (
+        "how long is not known, since no run in out has a measured speed yet"
+    )
+    write_run("out/a/old", 1, 2.0)  # 10,000 tokens/s
+    write_run("out/new", 1, 2.0, n_embd=32)
+    os.utime("out/a/old/metrics.jsonl", (1, 1))
+    tokens = 40 * TINY["tokens_per_step"]
+    wide, tiny_, reduced = (
+        cost(configuration.model_config()).training_flops
+        for configuration in (TrainConfig(**TINY | {"n_embd": 32}), runs[0].config, runs[1].config)
+    )
+    assert runs[1].flops == 100 * tokens * reduced
+    folder, rate, speed = status.last_speed(runs, "out")
+    assert (folder, rate, speed) == (Path("out/new"), pytest.approx(1e4 * wide), 1e4)
+    summary = json.loads(Path("out/new/summary.json").read_text())
+    Path("out/new/summary.json").write_text(json.dumps(summary | {"wall_seconds": 2.0, "train_seconds": 0.5}))
+    assert status.last_speed(runs, "out")[2] == tokens / 2
+    write_run(runs[0].folder, 1, 2.0, finished=False)  # of the study itself, 40 of 4,000 steps
+    os.utime(runs[0].folder / "metrics.jsonl", (1, 1))
+    assert status.last_speed(runs, "out") == (runs[0].folder, pytest.approx(1e4 * tiny_), 1e4)
+    seconds = (sum(run.flops for run in runs) - 0.01 * runs[0].flops) / (1e4 * tiny_) / 2
+    assert 50 < seconds < 100
+    assert status.duration(runs, 2, "out").startswith(f"about {seconds:.0f} s, 2 at a time")
+
+
+def test_spans_are_in_words():
+    seconds = (40, 720, 12_000, 200_000)
+    assert [status.span(each) for each in seconds] == ["40 s", "12 min", "3 h 20 min", "2 d 7 h"]

@@ -287,7 +287,6 @@ def test_mistakes_in_a_study_end_in_one_line_before_anything_runs(files, refuses
         (["--index=2", "--of=2"], ["array_index must be", "got 2"]),
         (["--seeds=1,1"], ["each seed once"]),
         (["--watch=-1"], ["watch must be"]),
-        (["--watch=1"], ["out/my_study-tiny", "study.json"]),
         (["--dataset=missing"], ["data/missing/train.bin"]),
     ],
 )
