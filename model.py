@@ -22,7 +22,13 @@ from engine.model_options import check
 
 INITIAL_STD = 0.02  # of the weights, as in GPT-2
 PAPER_WIDTH = 768  # n_embd of the paper's models
-ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU(approximate="tanh"), "relu": nn.ReLU}
+ACTIVATIONS = {
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "relu": nn.ReLU,
+    "relu_squared": lambda: SquaredReLU(),
+    "swiglu": lambda: SwiGLU(),
+}
 NORMS = {
     "layernorm": lambda config: nn.LayerNorm(config.n_embd, bias=config.bias),
     "rmsnorm": lambda config: nn.RMSNorm(config.n_embd, eps=1e-5),
@@ -48,7 +54,7 @@ class GPTConfig:
     tie_weights: bool = True  # the embedding matrix is also the LM head
     wq_identity: bool = False  # W_Q = I: the queries are the block's normalised input
     attn_scale: float = 1.0  # multiplies 1/sqrt(d_k) on the attention logits; the paper's reduced models have 0.5
-    activation: Literal["gelu", "gelu_tanh", "relu"] = "gelu"  # of the MLP; gelu_tanh is GPT-2's approximation
+    activation: Literal["gelu", "gelu_tanh", "relu", "relu_squared", "swiglu"] = "gelu"  # gelu_tanh is GPT-2's
     wk_identity: bool = False  # W_K = I, for comparison
     wv_identity: bool = False  # W_V = I, for comparison
     query_residual: Literal["linear", "mlp"] | None = None  # with wq_identity: the input plus W_Q's or an MLP's output
@@ -85,6 +91,11 @@ class GPTConfig:
     def mlp_hidden(self):
         """The hidden width of the MLP, or of one expert."""
         return round(self.mlp_ratio * self.n_embd)
+
+    @property
+    def fc_width(self):
+        """The width of what the MLP's first matrix computes: its hidden units, and with swiglu their gates."""
+        return self.mlp_hidden * (2 if self.activation == "swiglu" else 1)
 
     @property
     def values_are_keys(self):
@@ -269,12 +280,27 @@ ATTENTION = {
 }
 
 
+class SquaredReLU(nn.Module):
+    """max(x, 0)² (arXiv 2109.08668)."""
+
+    def forward(self, x):
+        return F.relu(x).square()
+
+
+class SwiGLU(nn.Module):
+    """silu(gate)·x of (…, 2·hidden), whose halves are the gates and x, to (…, hidden) (arXiv 2002.05202)."""
+
+    def forward(self, x):
+        gate, x = x.chunk(2, dim=-1)
+        return F.silu(gate) * x
+
+
 class MLP(nn.Module):
     """Two linear layers with an activation between; (B, T, n_embd) to (B, T, n_embd)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, config.mlp_hidden, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, config.fc_width, bias=config.bias)
         self.activation = ACTIVATIONS[config.activation]()
         self.c_proj = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)

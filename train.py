@@ -23,24 +23,10 @@ import data
 from engine import checkpoint, devices, diagnostics, distributed, divergence, locks, resuming, run_files, runlog
 from engine.attention import prefer_attention
 from engine.files import read_json
+from engine.optimizer import make_optimizer
 from engine.signals import BetweenMicroBatches, StopSignal, process_start
 from model import GPT
 from train_config import TrainConfig
-
-
-def make_optimizer(model, cfg, device_type):
-    """AdamW with a group for each row of Table 2 (attention, MLP, embeddings); 1-D parameters do not decay."""
-    decays = {".attn.": cfg.weight_decay_attn, ".mlp.": cfg.weight_decay_mlp, "": cfg.weight_decay_embd, "1-D": 0.0}
-    groups = {
-        kind: {"params": [], "weight_decay": cfg.weight_decay if decay is None else decay}
-        for kind, decay in decays.items()
-    }
-    for name, parameter in model.named_parameters():
-        kind = "1-D" if parameter.dim() < 2 else next(kind for kind in groups if kind in name)
-        groups[kind]["params"].append(parameter)
-    groups = [group for group in groups.values() if group["params"]]
-    betas = (cfg.beta1, cfg.beta2)
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=device_type in ("cpu", "cuda"))
 
 
 def mean_and_error(losses):

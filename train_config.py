@@ -48,6 +48,7 @@ class TrainConfig(GPTConfig):
     data_seed: int | None = None  # of the order of the data; none: seed
 
     # optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, with AdamW for the rest
     weight_decay: float = 0.1  # of all 2-D parameters; the paper's reduced models have 2**-5
     weight_decay_attn: float | None = None  # of the attention matrices; none: weight_decay
     weight_decay_mlp: float | None = None  # of the MLP matrices; none: weight_decay
@@ -126,6 +127,8 @@ class TrainConfig(GPTConfig):
                 f"objective={self.objective} does not go with causal={self.causal}: a decoder (causal=True) learns by "
                 "objective=clm, an encoder (causal=False), which sees the next token, by objective=mlm"
             )
+        if self.shard == "full" and self.optimizer == "muon":
+            raise ValueError("optimizer=muon needs whole matrices, and shard=full shards them: set one of the two")
         if self.shard == "full" and self.diagnostics:
             raise ValueError("diagnostics=True needs whole matrices, and shard=full shards them: set one of the two")
         for name in ("out_dir", "data_dir", "dataset"):

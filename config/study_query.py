@@ -1,24 +1,24 @@
-# What should a query be? Each against the baseline, and against a baseline with a wider MLP (4.5 times has as many
-# parameters more than the baseline as W_Q = I has fewer; with 4.75 times as many more arXiv 2603.13381 compares its
-# queries), over learning rates: each arm at its own best. Logits start as large as the paper's in every arm.
+# What should a query be? Each kind against the baseline, over learning rates; two baselines with a wider MLP, the
+# second with as many parameters as arXiv 2603.13381 compares its queries with. Logits start at what study_scale.py
+# found best at n_embd 128: a standard deviation of 0.2 for a trained W_Q, of 0.6 for the input itself.
 #     python sweep.py config/study_query.py config/quick.py
-_reduced = "config/reduced_tied.py"
+_trained, _input = "--attn_logit_std=0.2", "--attn_logit_std=0.6"
+_baseline, _reduced = f"config/baseline_tied.py {_trained}", f"config/reduced_tied.py {_input}"
 arms = {
-    "baseline": "config/baseline_tied.py",
-    "baseline_mlp4p5": "config/baseline_tied.py --mlp_ratio=4.5",
-    "baseline_mlp4p75": "config/baseline_tied.py --mlp_ratio=4.75",
+    "baseline": _baseline,
+    "baseline_mlp4p5": f"{_baseline} --mlp_ratio=4.5",
+    "baseline_mlp4p75": f"{_baseline} --mlp_ratio=4.75",
     "reduced": _reduced,
-    "reduced_from1": "config/reduced_tied_from1.py",
-    "residual_linear": "config/residual_linear_tied.py",
-    "residual_mlp": "config/residual_mlp_tied.py",
-    "rotated": "config/rotated_tied.py",
-    "share_kv": "config/baseline_tied.py config/share_kv.py",
+    "reduced_from1": "config/reduced_tied_from1.py --attn_logit_std=0.4",
+    "residual_linear": f"config/residual_linear_tied.py {_input}",
+    "residual_mlp": f"config/residual_mlp_tied.py {_input}",
+    "rotated": f"config/rotated_tied.py {_input}",
+    "share_kv": f"{_baseline} config/share_kv.py",
     "reduced_share_kv": f"{_reduced} config/share_kv.py",
-    "qk_norm": "config/baseline_tied.py config/qk_norm.py",
-    "reduced_qk_norm": f"{_reduced} config/qk_norm.py",
+    "qk_norm": "config/baseline_tied.py config/qk_norm.py --attn_logit_std=1",
+    "reduced_qk_norm": "config/reduced_tied.py config/qk_norm.py --attn_logit_std=1",
 }
 control = "baseline"
-settings = "--attn_logit_std=paper"
 seeds = [1, 2, 3, 4, 5]
 
 

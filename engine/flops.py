@@ -25,9 +25,10 @@ def cost(config: GPTConfig) -> Cost:
     d, biases = config.n_embd, int(config.bias)
     kv_width = config.kv_heads * config.d_k
     kv_blocks = 2 - config.wk_identity - config.wv_identity - config.share_kv
-    hidden = config.mlp_hidden * max(1, config.n_expert)
-    matrices = d * kv_blocks * kv_width + d * d + 2 * d * hidden + d * config.n_expert  # of one layer, without queries
-    layer = matrices + biases * (kv_blocks * kv_width + d + hidden + d)
+    hidden, fc_width = (width * max(1, config.n_expert) for width in (config.mlp_hidden, config.fc_width))
+    mlp = d * (fc_width + hidden) + d * config.n_expert  # with the router
+    matrices = d * kv_blocks * kv_width + d * d + mlp  # of one layer, without queries
+    layer = matrices + biases * (kv_blocks * kv_width + d + fc_width + d)
     norm = {"layernorm": d * (1 + biases), "rmsnorm": d, "dyt": 2 * d + 1, "none": 0}[config.norm]
     blocks = 1 if config.share_layers else config.n_layer
     w_q, bottleneck = d * d, 2 * d * (d // 2)

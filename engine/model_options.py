@@ -48,6 +48,8 @@ def check(config):
         )
     if config.parallel and config.attn_skip != config.mlp_skip:
         raise ValueError("parallel=True has one skip connection: set attn_skip and mlp_skip both to True or to False")
+    if config.n_expert and config.activation == "swiglu":
+        raise ValueError(f"activation=swiglu is that of a plain MLP, got n_expert={config.n_expert}: set n_expert=0")
     if config.n_expert and not config.n_expert_active <= config.n_expert:
         raise ValueError(
             f"n_expert_active={config.n_expert_active} must not exceed n_expert={config.n_expert} (0: a plain MLP)"

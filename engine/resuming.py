@@ -93,14 +93,15 @@ def find_checkpoint(cfg, say):
 def check_same_run(state, config, path):
     """What config, a dict of TrainConfig's fields, changes of a run's checkpoint, as a list of texts.
 
-    Raises ValueError unless it can go on with it: the model, the seeds and tokens_per_step make a run what it is.
+    Raises ValueError unless it can go on with it: the model, the seeds, tokens_per_step and the kind of optimizer make
+    a run what it is.
     """
     missing = [name for name in TO_RESUME if name not in state]
     if missing:
         raise ValueError(
             f"{path} cannot be resumed without {', '.join(missing)}: start from its weights with --init_from={path}"
         )
-    fixed = [*state["model_config"], "seed", "data_seed", "tokens_per_step"]
+    fixed = [*state["model_config"], "seed", "data_seed", "tokens_per_step", "optimizer"]
     differences = checkpoint.differing(state["config"], {name: config[name] for name in fixed})
     if differences:
         raise ValueError(

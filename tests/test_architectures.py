@@ -21,20 +21,8 @@ from engine.files import sha256_of
 from model import GPT, GPTConfig
 
 CONFIG = Path(__file__).resolve().parents[1] / "config"
-OVERLAYS = (
-    "rope",
-    "gqa",
-    "mqa",
-    "rmsnorm",
-    "dyt",
-    "nonorm",
-    "parallel",
-    "shared",
-    "moe",
-    "encoder",
-    "share_kv",
-    "qk_norm",
-)
+OVERLAYS = ("rope", "gqa", "mqa", "rmsnorm", "dyt", "nonorm", "parallel", "shared", "moe", "encoder")
+OVERLAYS += ("share_kv", "qk_norm", "modern")
 QUERIES = ("residual_linear_tied", "residual_mlp_tied", "rotated_tied", "reduced_tied_from1")
 SMALL = dict(block_size=12, vocab_size=29, n_layer=2, n_head=4, n_embd=16)
 CHOICES = dict(

@@ -22,15 +22,19 @@ NOT_FOR_TRAINING = ("basis_transfer", "study_")  # how the names of config files
 VARIANTS = [path.stem for path in sorted(CONFIG.glob("*.py")) if not path.stem.startswith(NOT_FOR_TRAINING)]
 IDENTITIES = [flags for flags in itertools.product((False, True), repeat=3) if not all(flags)]  # of W_Q, W_K and W_V
 # Options that `configs` and the flags below do not vary, because a model costs the same with any value.
-FREE = {"dropout", "attn_scale", "attn_logit_std", "activation", "load_balance", "n_expert_active"}
-QUERIES = {"query_residual", "query_rotation", "wq_identity_from", "share_kv", "qk_norm"}
+FREE = {"dropout", "attn_scale", "attn_logit_std", "load_balance", "n_expert_active"}
+NEWER = {"query_residual", "query_rotation", "wq_identity_from", "share_kv", "qk_norm", "activation"}
 VARIED = {"bias", "tie_weights", "wq_identity", "wk_identity", "wv_identity", "mlp_ratio", "attn_skip", "mlp_skip"}
 
 
-QUERY_OPTIONS = [
-    dict(wq_identity=True, **changes)
-    for changes in (dict(query_residual="linear"), dict(query_residual="mlp"), dict(query_rotation=True))
-] + [dict(wq_identity=True, wq_identity_from=1)]
+NEWER_OPTIONS = (
+    [dict(activation="swiglu", mlp_ratio=2.625), dict(activation="relu_squared")]
+    + [
+        dict(wq_identity=True, **changes)
+        for changes in (dict(query_residual="linear"), dict(query_residual="mlp"), dict(query_rotation=True))
+    ]
+    + [dict(wq_identity=True, wq_identity_from=1)]
+)
 
 
 @contextlib.contextmanager
@@ -68,7 +72,7 @@ def read(*names):
 def test_every_option_is_varied_here_or_costs_nothing():
     """A new option of GPTConfig belongs in CHOICES, or in VARIED and a test, or in FREE."""
     chosen = {*SMALL, *CHOICES} - {"skips"}
-    assert {field.name for field in dataclasses.fields(GPTConfig)} == chosen | VARIED | QUERIES | FREE
+    assert {field.name for field in dataclasses.fields(GPTConfig)} == chosen | VARIED | NEWER | FREE
     config = GPTConfig(**SMALL, n_expert=3)
     for changes in ({"dropout": 0.3}, {"attn_scale": 2.0}, {"activation": "relu"}, {"load_balance": 1.0}):
         assert cost(dataclasses.replace(config, **changes)) == cost(config)
@@ -100,11 +104,15 @@ def test_parameters_and_operations_of_architectures_from_the_whole_range():
             check_operations(config, check_parameters(config))
 
 
-@pytest.mark.parametrize("query", QUERY_OPTIONS, ids=str)
-def test_parameters_and_operations_of_every_query(query):
+@pytest.mark.parametrize("changes", NEWER_OPTIONS, ids=str)
+def test_parameters_and_operations_of_every_query_and_activation(changes):
     for i, choice in enumerate(configs()):
-        if i % 41 == 0 and not ("wq_identity_from" in query and choice["share_layers"]):
-            config = GPTConfig(**choice, **query, bias=i % 3 == 0, share_kv=i % 2 == 0, qk_norm=i % 5 == 0)
+        if (
+            i % 41 == 0
+            and not (changes.get("activation") == "swiglu" and choice["n_expert"])
+            and not ("wq_identity_from" in changes and choice["share_layers"])
+        ):
+            config = GPTConfig(**choice, **changes, bias=i % 3 == 0, share_kv=i % 2 == 0, qk_norm=i % 5 == 0)
             check_operations(config, check_parameters(config))
 
 

@@ -46,7 +46,12 @@ CHANGES = {
     **{"gpt3_medium": GPT3, "gpt3_large": GPT3, "gpt3_xl": GPT3},
     **{"encoder": {"causal", "objective"}, "moe": {"n_expert", "n_expert_active"}, "parallel": {"parallel"}},
     **{"rope": {"pos"}, "rmsnorm": {"norm"}, "dyt": {"norm"}, "nonorm": {"norm"}, "shared": {"share_layers"}},
-    **{"share_kv": {"share_kv"}, "qk_norm": {"qk_norm"}, "residual_linear_tied": {"query_residual"}},
+    **{
+        "modern": {"pos", "norm", "qk_norm", "activation"},
+        "share_kv": {"share_kv"},
+        "qk_norm": {"qk_norm"},
+        "residual_linear_tied": {"query_residual"},
+    },
     **{"residual_mlp_tied": {"query_residual"}, "rotated_tied": {"query_rotation"}},
     **{"reduced_tied_from1": {"wq_identity_from"}},
     **{"gqa": {"n_kv_head"}, "mqa": {"n_kv_head"}, "attn_skip_only": {"norm", "mlp_skip"}},

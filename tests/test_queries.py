@@ -172,6 +172,23 @@ def test_attn_logit_std_is_what_new_models_have(changes):
             assert math.sqrt(sum(values) / 3) == pytest.approx(paper if wanted == "paper" else wanted, rel=0.05)
 
 
+def test_the_newer_activations_are_their_formulas():
+    torch.manual_seed(2)
+    x = torch.randn(3, 16, dtype=torch.float64)
+    for name in ("relu_squared", "swiglu"):
+        mlp = randomise(built({}, activation=name, bias=True)).double().transformer.h[0].mlp
+        hidden = x @ mlp.c_fc.weight.T + mlp.c_fc.bias
+        if name == "swiglu":
+            hidden = hidden[:, :64] / (1 + (-hidden[:, :64]).exp()) * hidden[:, 64:]
+        else:
+            hidden = torch.where(hidden > 0, hidden**2, 0.0)
+        torch.testing.assert_close(mlp(x), hidden @ mlp.c_proj.weight.T + mlp.c_proj.bias, rtol=1e-10, atol=1e-10)
+    gated, plain = GPTConfig(activation="swiglu", mlp_ratio=8 / 3), GPTConfig()
+    assert GPT(gated).num_params() == GPT(plain).num_params()
+    with pytest.raises(ValueError, match="activation=swiglu is that of a plain MLP, got n_expert=2"):
+        dataclasses.replace(SMALL, activation="swiglu", n_expert=2)
+
+
 def test_the_paper_s_scales_at_another_width():
     for d, reduced, baseline in ((768, 0.5, 1.0), (128, math.sqrt(1.5), 6.0)):
         size = dict(n_embd=d, n_head=4, attn_logit_std="paper")
