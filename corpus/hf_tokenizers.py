@@ -26,7 +26,8 @@ def fast_tokenizer(tokenizer, max_length, with_mask=False):
     if isinstance(tokenizer, Characters):
         backend, marks = _of_characters(tokenizer), {}
     else:
-        backend, marks = _of_bytes(tokenizer), dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
+        # No text is unknown, but CTranslate2 asks for such a token, and GPT-2 has this one.
+        backend, marks = _of_bytes(tokenizer), dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     if with_mask:
         marks["mask_token"] = MASK
     return PreTrainedTokenizerFast(
