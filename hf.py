@@ -151,7 +151,7 @@ def import_(cfg):
     model.load_state_dict(state)
     with hf_folders.quiet():
         found = hf_folders.compare(model, reference, config.vocab_size)
-        tokenizer = hf_tokenizers.name_of(folder)
+        tokenizer = hf_tokenizers.name_of(folder, record.get("tokenizer"))
 
     make_folder(out)
     step = record.get("step")

@@ -84,16 +84,19 @@ def same_ids(tokenizer, theirs):
     return True
 
 
-def name_of(folder):
-    """gpt2 or bytes, where the tokenizer in a folder gives the same ids; None: it does not, or there is none."""
+def name_of(folder, likely=None):
+    """The name of our tokenizer with the ids of the one in a folder: likely, gpt2 or bytes; None: none of them."""
     from transformers import AutoTokenizer
 
     try:
         theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception:  # of many kinds, where files are missing or another program's
         return None
-    for name in ("bytes", "gpt2"):
-        tokenizer = tokenizers.get_tokenizer(name)
+    for name in dict.fromkeys((likely, "bytes", "gpt2")):
+        try:
+            tokenizer = tokenizers.get_tokenizer(name)
+        except ValueError:  # there is none of that name, or GPT-2's vocabulary is not on this machine
+            continue
         if len(theirs) >= tokenizer.n_vocab and same_ids(tokenizer, theirs):
             return name
     return None

@@ -11,12 +11,14 @@ import torch
 from run_folders import write_run
 from safetensors.torch import load_file, save_file
 
+import eliminate
 import hf
 import sample
 import train
 from corpus import hf_tokenizers, tokenizers
 from engine import checkpoint, hf_classes, hf_folders
 from model import GPT, GPTConfig
+from theory import trained_model
 
 transformers = pytest.importorskip("transformers")
 SIZES = dict(block_size=32, vocab_size=320, n_layer=2, n_head=2, n_embd=16)
@@ -135,6 +137,12 @@ def test_nothing_of_a_gpt2_is_lost(tiny, command):
     status, _, error = command(train.main, *tuned)
     assert status == 0, error
     assert checkpoint.load("out/tuned/ckpt.pt")["model_config"]["activation"] == "gelu_tanh"
+    measured = ["--ckpt=out/in/ckpt.pt", "--dataset=tiny", "--windows=8"]
+    assert command(trained_model.main, *measured, "--out_dir=out/report")[0] == 0
+    assert command(eliminate.main, *measured, "--approximate", "--out=out/fitted/ckpt.pt")[0] == 0
+    assert imported("out/fitted").config.wq_identity
+    status, _, error = command(train.main, "--out_dir=out/in", "--resume")
+    assert (status, error.count("\n")) == (2, 1)
 
 
 @pytest.mark.parametrize("legacy", [True, False])

@@ -35,6 +35,18 @@ def test_every_text_has_the_same_ids(pairs, name, text):
     assert len(theirs) == ours.n_vocab
 
 
+def test_the_first_ranks_of_gpt2_are_a_tokenizer(pairs):
+    import tiktoken
+
+    ranks = {token: rank for token, rank in pairs["gpt2"][0]._mergeable_ranks.items() if rank < 4096}
+    pattern, special = pairs["gpt2"][0]._pat_str, {tokenizers.END_OF_TEXT: 4096}
+    ours = tiktoken.Encoding(name="gpt2:4096", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    theirs = hf_tokenizers.fast_tokenizer(ours, 32)
+    assert hf_tokenizers.same_ids(ours, theirs)
+    assert not hf_tokenizers.same_ids(pairs["gpt2"][0], theirs)
+    assert len(theirs) == 4097
+
+
 @given(text=st.text("".join(CHARACTERS)))
 def test_characters(text):
     ours = tokenizers.get_tokenizer("characters", CHARACTERS)
