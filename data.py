@@ -7,6 +7,7 @@ of processes changes what a run reads.
 """
 
 import hashlib
+import math
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -58,6 +59,16 @@ def _foreign_token(token, vocab_size):
         f"there is a token {token}, and vocab_size is {vocab_size}: the bins are damaged, of another tokenizer, or of "
         "another number format (uint32 in place of uint16)"
     )
+
+
+def bits_per_byte(loss, manifest, split="val"):
+    """A loss in nats per token of a split as bits per byte of its text, which compares across tokenizers.
+
+    None where the manifest does not say how many bytes the split has: bare bins, or one from before it did.
+    """
+    counts = manifest.get("splits", {}).get(split, {})
+    n_bytes = counts.get("bytes")
+    return loss / math.log(2) * counts["tokens"] / n_bytes if n_bytes else None
 
 
 def dtype_for(vocab_size):

@@ -25,7 +25,6 @@ import shutil
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -53,7 +52,7 @@ class PrepareConfig:
     text_column: str = "text"  # the column or JSON field that holds the text; outer.inner for one in a struct or object
 
     # tokens and split
-    tokenizer: Literal["auto", "gpt2", "bytes"] = "auto"  # auto: bytes for stdlib, gpt2 for everything else
+    tokenizer: str = "auto"  # gpt2, its first tokens (gpt2:4096), or bytes; auto: bytes for stdlib, else gpt2
     val_fraction: float | None = None  # for validation; none: 0.05 for stdlib and files, nanoGPT's 0.0005 for the hub
     seed: int = 2357  # of the split
 
@@ -183,6 +182,7 @@ def _encode_and_gather(cfg, folder, work, source, files):
     tokenizer = tokenizers.get_tokenizer(cfg.tokenizer)
     dtype, eot, records = data.dtype_for(tokenizer.n_vocab), tokenizer.eot_token, [file.record() for file in files]
     split = {"seed": cfg.seed, "val_fraction": cfg.val_fraction}
+    token_bytes = tokenizers.token_bytes(tokenizer)
     made = make_folder(work)
     with contextlib.closing(token_file.TokenFile(work, settings, records, data.DTYPES[dtype], eot)) as store:
         try:
@@ -196,7 +196,9 @@ def _encode_and_gather(cfg, folder, work, source, files):
                 (folder / f"{name}.bin").unlink(missing_ok=True)  # where the process ended before it wrote meta.json
             remove_temporaries(folder)
             with Progress("gathering", 4 * store.size) as progress:
-                splits = gathering.gather(store.path, ends, orders, work, data.DTYPES[dtype], progress.update)
+                splits = gathering.gather(
+                    store.path, ends, orders, work, token_bytes, data.DTYPES[dtype], progress.update
+                )
             if "by" in split:
                 splits["train"]["documents"] = 0  # as its end-of-text tokens: the document ends in val.bin
         except BaseException:
@@ -236,7 +238,7 @@ def _encode_and_gather(cfg, folder, work, source, files):
         )
     for name, counts in splits.items():
         documents, n_tokens = f"{counts['documents']:,} documents", f"{counts['tokens']:,} tokens"
-        print(f"{folder / name}.bin: {documents}, {n_tokens}, SHA-256 {counts['sha256']}")
+        print(f"{folder / name}.bin: {documents}, {n_tokens} of {counts['bytes']:,} bytes, SHA-256 {counts['sha256']}")
     return manifest
 
 

@@ -164,6 +164,11 @@ class Trainer:
         """Inputs and targets of the validation windows at offsets; the masks of a window are the same in every run."""
         return self.examples(self.bins.val, offsets, data_seed=0, numbers=offsets)
 
+    def in_bits_per_byte(self, loss):
+        """A validation loss as the entry bits_per_byte of a summary; none for masked tokens, or unknown bytes."""
+        bits = data.bits_per_byte(loss, self.bins.manifest) if self.cfg.objective == "clm" else None
+        return {} if bits is None else {"bits_per_byte": bits}
+
     def start_clock(self):
         """Time the steps from here to the next check."""
         self.clock = time.perf_counter()
@@ -212,6 +217,7 @@ def train(cfg, stop=None):
         if cfg.eval_only:
             with prefer_attention(run.device):
                 result = mean_and_error(run.within_memory(run.evaluate, run.all_windows))
+            result |= run.in_bits_per_byte(result["val_loss"])
             world.say(runlog.summary_text(result))
             return result
         finished = read_json(run.folder / run_files.SUMMARY)

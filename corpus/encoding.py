@@ -35,8 +35,8 @@ class DisagreementError(Exception):
 class Encoder:
     """Encodes a Batch: the tokens of its documents, each followed by the end-of-text token. Thread-safe.
 
-    tokenizer: 'gpt2' or 'bytes'. use_gigatoken: use it for gpt2 if it is installed and agrees with tiktoken. `name` is
-    what encodes: 'gigatoken', 'tiktoken' or 'bytes'. Raises ValueError when the vocabulary is missing.
+    tokenizer: 'gpt2', 'gpt2:N' or 'bytes'. use_gigatoken: use it for gpt2 if it is installed and agrees with tiktoken.
+    `name` is what encodes: 'gigatoken', 'tiktoken' or 'bytes'. Raises ValueError when the vocabulary is missing.
     """
 
     def __init__(self, tokenizer, use_gigatoken=True):

@@ -49,12 +49,13 @@ def split_by_position(n_tokens, val_fraction):
     return np.array([n_tokens - n_val, n_tokens]), {"train": np.array([0]), "val": np.array([1])}
 
 
-def gather(path, ends, orders, folder, dtype, progress=lambda n: None):
+def gather(path, ends, orders, folder, token_bytes, dtype, progress=lambda n: None):
     """Write the documents of a token file in another order: folder/<split>.bin for each of `orders`.
 
     ends: where the documents end in it, (documents,) int64, in tokens. orders: split -> the indices of its documents,
-    in their order; each document is in exactly one. progress: called with the number of bytes read or written, which
-    add up to four times the size of the token file. Returns split -> {tokens, documents, sha256}. Raises OSError.
+    in their order; each document is in exactly one. token_bytes: of text, for each token, (n_vocab,). progress: called
+    with the number of bytes read or written, which add up to four times the size of the token file.
+    Returns split -> {tokens, documents, bytes, sha256}. Raises OSError.
 
     No small pieces are read or written at random places: a bin is treated as a sequence of windows that fit into
     memory. The first pass reads the token file once, in order, and appends each document to the window to which it
@@ -65,7 +66,7 @@ def gather(path, ends, orders, folder, dtype, progress=lambda n: None):
     is_small = os.path.getsize(path) <= MEMORY_BYTES
     window_bytes = token_file.CHUNK_BYTES if is_small else WINDOW_BYTES
     windows, window_of = _plan(lengths, orders, window_bytes // dtype.itemsize)
-    sums = {split: hashlib.sha256() for split in orders}
+    sums, n_bytes = {split: hashlib.sha256() for split in orders}, dict.fromkeys(orders, 0)
     sync = getattr(os, "fdatasync", os.fsync)  # macOS and Windows have only fsync
     with contextlib.ExitStack() as stack:
         bins = {split: stack.enter_context(open(Path(folder) / f"{split}.bin", "wb+")) for split in orders}
@@ -96,6 +97,7 @@ def gather(path, ends, orders, folder, dtype, progress=lambda n: None):
             if syncing:
                 syncing.result()  # raises what went wrong
             syncing = hasher.submit(sync, bins[window.split].fileno())  # else all is left for the end
+            n_bytes[window.split] += int(token_bytes[tokens].sum(dtype=np.int64))
             hashed.result()
             progress(2 * tokens.nbytes)
         if syncing:
@@ -104,7 +106,12 @@ def gather(path, ends, orders, folder, dtype, progress=lambda n: None):
             file.flush()
             os.fsync(file.fileno())
     return {
-        split: {"tokens": int(lengths[order].sum()), "documents": len(order), "sha256": sums[split].hexdigest()}
+        split: {
+            "tokens": int(lengths[order].sum()),
+            "documents": len(order),
+            "bytes": n_bytes[split],
+            "sha256": sums[split].hexdigest(),
+        }
         for split, order in orders.items()
     }
 

@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from corpus.kinds import first_line
 from engine import run_files
 from engine.files import read_json
@@ -55,10 +57,20 @@ class Characters:
         return "".join(self.characters[number] for number in ids)
 
 
+def token_bytes(tokenizer):
+    """How many bytes of text each token of a tiktoken Encoding stands for, (n_vocab,) uint16; 0 for end-of-text."""
+    lengths = np.zeros(tokenizer.n_vocab, np.uint16)
+    for token, number in tokenizer._mergeable_ranks.items():
+        lengths[number] = len(token)
+    return lengths
+
+
 def get_tokenizer(name, characters=None):
     """The tiktoken Encoding with this name: 'gpt2', or 'bytes' (the 256 bytes and end-of-text, no download).
 
-    With 'characters' the Characters of a list, which is in the manifest and the run.json of such data.
+    'gpt2:4096' has the first 4,096 tokens of gpt2 and end-of-text: merges are ranked in the order in which they were
+    learnt, so that any number of them is a tokenizer, too. With 'characters' the Characters of a list, which is in the
+    manifest and the run.json of such data.
     Raises ValueError for another name, for characters that are no such list, and when GPT-2's vocabulary is not on this
     machine and cannot be downloaded.
     """
@@ -78,10 +90,14 @@ def get_tokenizer(name, characters=None):
             mergeable_ranks={bytes([byte]): byte for byte in range(256)},
             special_tokens={END_OF_TEXT: 256},
         )
-    if name != "gpt2":
-        raise ValueError(f"the tokenizer must be gpt2, bytes or characters, got {name!r}")
+    family, colon, size = name.partition(":")
+    if family != "gpt2" or (colon and not (size.isascii() and size.isdecimal() and 256 <= int(size) < 50257)):
+        raise ValueError(
+            f"the tokenizer must be gpt2, gpt2:N with 256 to 50256 of its tokens, bytes or characters, got {name!r}"
+        )
     try:
-        return tiktoken.get_encoding(name)
+        gpt2 = tiktoken.get_encoding(family)
+        return _first_tokens(gpt2, int(size)) if colon else gpt2
     except Exception as error:  # of the network, of the disk, or tiktoken's own about a damaged file
         folder = os.environ.get("TIKTOKEN_CACHE_DIR") or "a folder of your choice, named by TIKTOKEN_CACHE_DIR"
         files = " and ".join(f"{name} as {cached}" for name, cached in GPT2_VOCABULARY.items())
@@ -89,6 +105,18 @@ def get_tokenizer(name, characters=None):
             f"GPT-2's vocabulary is not on this machine and cannot be downloaded ({first_line(error)}): put {files} "
             f"into {folder}; both are at {GPT2_VOCABULARY_URL}/"
         ) from error
+
+
+def _first_tokens(encoding, n):
+    """The tiktoken Encoding of the first n tokens of another, and end-of-text."""
+    import tiktoken
+
+    return tiktoken.Encoding(
+        name=f"{encoding.name}:{n}",
+        pat_str=encoding._pat_str,
+        mergeable_ranks={token: rank for token, rank in encoding._mergeable_ranks.items() if rank < n},
+        special_tokens={END_OF_TEXT: n},
+    )
 
 
 def tokenizer_of(path, name, vocab_size):

@@ -207,6 +207,7 @@ def summary(run, validation):
     tokens = run.step * run.cfg.tokens_per_step
     return {
         **validation,
+        **run.in_bits_per_byte(validation["val_loss"]),
         "best_val_loss_during_training": run.best_val_loss,  # of eval_windows windows, not of all
         "train_loss": statistics.fmean(last) if last else None,  # over the last ten train records
         "train_loss_se": statistics.stdev(last) / len(last) ** 0.5 if len(last) > 1 else None,

@@ -279,9 +279,9 @@ def time_gather(cfg):
     seconds, lengths = timed(token_file.document_lengths, path, dtype, 50256, n_documents)
     ends = np.cumsum(lengths)
     print(f"ends={seconds}")
-    orders = gathering.split(n_documents, 0.0005, 2357)
+    orders, token_bytes = gathering.split(n_documents, 0.0005, 2357), np.full(50257, 4, np.uint16)
     drop_from_cache(path)
-    print(f"gather={timed(gathering.gather, path, ends, orders, folder, dtype)[0]}")
+    print(f"gather={timed(gathering.gather, path, ends, orders, folder, token_bytes, dtype)[0]}")
     drop_from_cache(path)
     with open(path, "rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead, as if memory were short

@@ -89,6 +89,7 @@ def test_the_split_is_that_of_train_test_split(n, fraction, seed):
 )
 def test_gather_puts_documents_in_order_whatever_the_windows(tmp_path_factory, lengths, memory, window, chunk, seed):
     folder, eot, dtype = tmp_path_factory.mktemp("gather"), 256, np.dtype("<u2")
+    token_bytes = np.append(np.arange(256), 0).astype(np.uint16)  # a token t stands for t bytes
     rng = np.random.default_rng(seed)
     documents = [np.append(rng.integers(0, 256, n), eot).astype(dtype) for n in lengths]
     np.concatenate(documents).tofile(folder / "tokens.bin")
@@ -99,11 +100,12 @@ def test_gather_puts_documents_in_order_whatever_the_windows(tmp_path_factory, l
         patch.setattr(gathering, "WINDOW_BYTES", 2 * window)
         patch.setattr(token_file, "CHUNK_BYTES", 2 * chunk)
         ends = np.cumsum(token_file.document_lengths(folder / "tokens.bin", dtype, eot, len(documents)))
-        splits = gathering.gather(folder / "tokens.bin", ends, orders, folder, dtype, done.append)
+        splits = gathering.gather(folder / "tokens.bin", ends, orders, folder, token_bytes, dtype, done.append)
     for name, order in orders.items():
         expected = np.concatenate([documents[i] for i in order])
         assert (folder / f"{name}.bin").read_bytes() == expected.tobytes()
         assert splits[name]["tokens"] == len(expected)
+        assert splits[name]["bytes"] == sum(int(documents[i][:-1].sum()) for i in order)
         assert splits[name]["sha256"] == hashlib.sha256(expected).hexdigest()
     assert sum(done) == 4 * (folder / "tokens.bin").stat().st_size
 
@@ -240,7 +242,7 @@ def test_verify_compares_the_counts(tmp_path, refuses, split, count):
         (["--source=files"], "go together"),
         (["--files=*.txt"], "go together"),
         (["--source=stdlib", "--revision=main"], "--revision is for a dataset on the hub"),
-        (["--tokenizer=gpt3"], "must be one of"),
+        (["--tokenizer=gpt3"], "must be gpt2, gpt2:N"),
         (["--source=files", "--files={}/empty.txt", "--tokenizer=bytes"], "the only document is too short"),
         (["--source=files", "--files={}/empty.jsonl", "--tokenizer=bytes"], "the source has no documents"),
         (["--source=files", "--files={}/one.txt", "--tokenizer=bytes", "--out_dir={}/one.txt"], "Not a directory"),

@@ -191,6 +191,21 @@ def test_the_evaluation_is_the_mean_over_tokens_whatever_its_batch_size(tiny):
     assert result["val_loss_se"] == pytest.approx(expected.std(ddof=1) / len(expected) ** 0.5)
 
 
+def test_the_summary_has_bits_per_byte_where_the_bytes_are_known(tiny):
+    cfg = tiny(max_iters=2)
+    assert "bits_per_byte" not in train.train(cfg)
+    folder = Path(cfg.data_dir) / cfg.dataset
+    manifest = data.read_manifest(folder)
+    manifest["splits"]["val"]["bytes"] = 3 * manifest["splits"]["val"]["tokens"]
+    data.write_manifest(folder, **manifest)
+    result = train.train(dataclasses.replace(cfg, out_dir="again"))
+    assert result["bits_per_byte"] == pytest.approx(result["val_loss"] / math.log(2) / 3)
+    evaluated = train.train(dataclasses.replace(cfg, out_dir="again", eval_only=True))
+    assert evaluated["bits_per_byte"] == result["bits_per_byte"]
+    encoder = dict(objective="mlm", causal=False, out_dir="mlm")
+    assert "bits_per_byte" not in train.train(dataclasses.replace(cfg, **encoder))
+
+
 @pytest.mark.parametrize("tie_weights", [True, False])
 def test_every_parameter_decays_as_its_row_of_table_2_says(tiny, tie_weights):
     cfg = tiny(
