@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.files import read_json, write_json
+from train_config import TrainConfig
 
 MANIFEST_VERSION = 1
 SPLITS = ("train", "val")
@@ -31,6 +32,19 @@ class TokenBins:
     val: np.ndarray
     manifest: dict
     fingerprint: str  # names the data: equal fingerprints, equal tokens
+
+
+def with_vocabulary(values):
+    """values, name -> value of TrainConfig's fields, with the vocab_size of their data where they have none.
+
+    That is the number of its tokens, and of the mask for objective=mlm, padded to a multiple of 64, which is faster.
+    Unchanged where there is no data yet.
+    """
+    folder = Path(values.get("data_dir", TrainConfig.data_dir)) / values.get("dataset", TrainConfig.dataset)
+    if "vocab_size" in values or not (folder / "train.bin").is_file():
+        return values
+    needed = manifest_of(folder, say=lambda text: None)["vocab_size"] + (values.get("objective") == "mlm")
+    return {**values, "vocab_size": 64 * math.ceil(needed / 64)}
 
 
 def check_vocabulary(bins, cfg):
@@ -86,13 +100,7 @@ def load_bins(data_dir, dataset, say=print):
     missing = [str(path) for path in paths.values() if not path.is_file()]
     if missing:
         raise ValueError(f"no token bins: {' and '.join(missing)} not found; {_how_to_prepare(folder)}")
-    manifest = read_manifest(folder)
-    if manifest is None and (folder / "meta.pkl").exists():
-        manifest = character_manifest(folder / "meta.pkl")
-        say(f"{folder} has nanoGPT's meta.pkl: its tokens are {manifest['vocab_size']} characters")
-    elif manifest is None:
-        manifest = GPT2_MANIFEST
-        say(f"{folder} has no meta.json: its bins are taken for GPT-2 tokens, as nanoGPT writes them")
+    manifest = manifest_of(folder, say)
     dtype = DTYPES[manifest["dtype"]]
     tokens = {}
     for split, path in paths.items():
@@ -112,6 +120,19 @@ def load_bins(data_dir, dataset, say=print):
             if largest >= manifest["vocab_size"] or is_uint32:
                 raise ValueError(f"{path}: {_foreign_token(largest, manifest['vocab_size'])}")
     return TokenBins(**tokens, manifest=manifest, fingerprint=_fingerprint(tokens, manifest))
+
+
+def manifest_of(folder, say):
+    """The manifest of a dataset's folder, or what stands for one in folders of nanoGPT's, which say is told."""
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        return manifest
+    if (folder / "meta.pkl").exists():
+        manifest = character_manifest(folder / "meta.pkl")
+        say(f"{folder} has nanoGPT's meta.pkl: its tokens are {manifest['vocab_size']} characters")
+        return manifest
+    say(f"{folder} has no meta.json: its bins are taken for GPT-2 tokens, as nanoGPT writes them")
+    return GPT2_MANIFEST
 
 
 def _how_to_prepare(folder):

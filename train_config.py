@@ -41,6 +41,7 @@ class TrainConfig(GPTConfig):
     # data
     data_dir: FilePath = "data"  # where datasets are
     dataset: str = "openwebtext"  # the folder in data_dir that holds train.bin and val.bin
+    vocab_size: int = GPTConfig.vocab_size  # rows of the embedding; unless given, those that the data needs, rounded up
     objective: Literal["clm", "mlm"] = "clm"  # causal language modelling, or masked (with causal=False)
     tokens_per_step: int = 480 * 1024  # tokens in one optimizer step, over all micro-batches and processes
     batch_size: int = 12  # sequences in a micro-batch; gradient accumulation does the rest; 0: the most that fit

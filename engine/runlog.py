@@ -26,6 +26,8 @@ from engine.wandb_mirror import Mirror
 from model import GPTConfig
 from train_config import OF_A_CALL, SCHEDULE, TrainConfig
 
+MANY_MICRO_BATCHES = 100  # in a step; the paper has 40
+
 
 class RunLog:
     """Writes one run's folder and tells its progress: a bar in a terminal, plain lines elsewhere.
@@ -190,6 +192,18 @@ def header(run):
         "device": f"{devices.describe_device(run.device)}, {devices.dtype_name(compute.dtype)}{compiled}",
     }
     return "\n".join(f"{name:<10}  {row}" for name, row in rows.items())
+
+
+def advice(run):
+    """A warning of a step of very many micro-batches, as the paper's are for a small model; None where it has few."""
+    count, cfg = run.n_own // run.batch_size, run.cfg
+    if count <= MANY_MICRO_BATCHES:
+        return None
+    return (
+        f"warning: a step of {cfg.tokens_per_step:,} tokens is {count} micro-batches of {run.batch_size} × "
+        f"{cfg.block_size}: for a small run set fewer tokens, such as "
+        f"--tokens_per_step={16 * run.batch_size * cfg.block_size}, or a larger --batch_size"
+    )
 
 
 def _attention_scale(cfg):

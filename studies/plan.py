@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import configurator
+import data
 from engine import resuming, run_files
 from engine.files import read_json
 from engine.flops import cost
@@ -123,9 +124,12 @@ def planned_run(folder, entry, seed):
     arguments = [*entry["arguments"], f"--seed={seed}", f"--out_dir={place}", "--resume"]
     try:
         base = resuming.branch_options(configurator.read(TrainConfig, arguments))
-        config = TrainConfig(**configurator.read(TrainConfig, arguments, base=base))
+        values = configurator.read(TrainConfig, arguments, base=base)
+        config = TrainConfig(**data.with_vocabulary(values))
     except ValueError as error:
         raise ValueError(f"{entry['name']}: {error}") from error
+    if "vocab_size" not in values and config.vocab_size != TrainConfig.vocab_size:
+        arguments.append(f"--vocab_size={config.vocab_size}")  # what was planned, whatever the data becomes
     if config.wandb_log and not config.wandb_run_name:  # else it would be the folder's name, and all runs 'seed1'
         arguments.append(f"--wandb_run_name={folder.name}/{entry['name']}/seed{seed}")
     return PlannedRun(entry["name"], seed, place, arguments, config)

@@ -191,6 +191,35 @@ def test_the_evaluation_is_the_mean_over_tokens_whatever_its_batch_size(tiny):
     assert result["val_loss_se"] == pytest.approx(expected.std(ddof=1) / len(expected) ** 0.5)
 
 
+def test_a_command_takes_the_vocabulary_of_the_data_unless_one_is_given(tiny, monkeypatch, command):
+    cfg = tiny()
+    options = [f"--{name}={getattr(cfg, name)}" for name in ("n_layer", "n_head", "n_embd", "block_size", "batch_size")]
+    options += ["--dataset=tiny", "--max_iters=1", "--warmup_iters=0", "--tokens_per_step=128", "--eval_windows=4"]
+
+    def vocabulary(*more, out_dir):
+        status, out, error = command(train.main, *options, *more, f"--out_dir={out_dir}")
+        assert status == 0, error
+        return checkpoint.load(f"{out_dir}/ckpt.pt")["model_config"]["vocab_size"]
+
+    assert vocabulary(out_dir="own") == 64  # of 50 tokens
+    assert vocabulary("--vocab_size=70", out_dir="given") == 70
+    assert vocabulary("--init_from=given/ckpt.pt", out_dir="from") == 70
+    manifest = data.read_manifest("data/tiny")
+    data.write_manifest(Path("data/tiny"), **{**manifest, "vocab_size": 64})
+    assert vocabulary(out_dir="larger") == 64
+    assert vocabulary("--objective=mlm", "--causal=False", out_dir="masked") == 128  # and a mask
+    assert vocabulary("--resume", "--max_iters=2", out_dir="own") == 64
+    planned = data.with_vocabulary({"dataset": "none"})
+    assert planned == {"dataset": "none"}
+
+
+def test_a_step_of_very_many_micro_batches_is_said(tiny, capsys):
+    train.train(tiny(max_iters=1, batch_size=1, tokens_per_step=101 * 16, warmup_iters=0))
+    assert "warning: a step of 1,616 tokens is 101 micro-batches of 1 × 16: " in capsys.readouterr().out
+    train.train(tiny(max_iters=1, batch_size=1, tokens_per_step=100 * 16, warmup_iters=0, out_dir="fewer"))
+    assert "micro-batches" not in capsys.readouterr().out
+
+
 def test_the_summary_has_bits_per_byte_where_the_bytes_are_known(tiny):
     cfg = tiny(max_iters=2)
     assert "bits_per_byte" not in train.train(cfg)
