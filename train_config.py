@@ -19,7 +19,7 @@ OF_A_CALL = {
 }  # which each segment of a run may have anew
 NO_PART_OF_RESULT = OF_A_CALL | {"data_dir", "log_interval", "save_steps", "diagnostics"}
 NO_PART_OF_RESULT |= {"device", "compile", "batch_size", "shard", "recompute", "chunked_loss"}
-NO_PART_OF_RESULT |= {"wandb_log", "wandb_project", "wandb_run_name"}
+NO_PART_OF_RESULT |= {"wandb_log", "wandb_project", "wandb_run_name", "wandb_artifacts"}
 SCHEDULE = {
     "max_iters",
     "learning_rate",
@@ -94,6 +94,7 @@ class TrainConfig(GPTConfig):
     log_interval: int = 10  # steps between metrics and progress lines
     wandb_log: bool = False  # mirror the metrics to Weights & Biases; the local files remain authoritative
     wandb_project: str = "wq-identity"  # the W&B project
+    wandb_artifacts: bool = False  # send ckpt.pt and best.pt to W&B at the end
     wandb_run_name: str | None = None  # the W&B name; none: that of the run folder
 
     HINTS: ClassVar = {

@@ -52,8 +52,9 @@ class RunLog:
         run |= {"git_commit": git_commit(), "versions": versions(), **facts}
         changed = _changed_options(read_json(self.folder / run_files.CONFIG) or past["config"], config, start_step)
         run["segments"].append({"start": now(), "step": start_step, "dtype": dtype, "changed": changed})
-        group = run.setdefault("wandb_id", secrets.token_hex(4)) if config["wandb_log"] else None
-        self._mirror = Mirror(self.folder, config, group) if config["wandb_log"] else None
+        if config["wandb_log"]:
+            run.setdefault("wandb_id", secrets.token_hex(4))
+        self._mirror = Mirror(self.folder, config, run) if config["wandb_log"] else None
         for name in (run_files.SUMMARY, run_files.NONFINITE):  # a run that goes on is not finished, nor has it diverged
             (self.folder / name).unlink(missing_ok=True)
         write_json(self.folder / run_files.CONFIG, config)

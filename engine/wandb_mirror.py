@@ -3,31 +3,54 @@
 import os
 import secrets
 
+from engine import run_files
+from engine.files import read_json
+
+OF_THE_RUN = ("parameters", "data", "git_commit", "device", "dtype", "versions")  # what run.json adds to the config
+
 
 class Mirror:
     """A W&B run that repeats a run's metrics; whatever fails in it is said once, and training goes on.
 
-    folder: the run folder. config: the resolved configuration, a dict. group: what all segments of the run share.
-    Raises ValueError where the package wandb is missing.
+    folder: the run folder. config: the resolved configuration, a dict. run: the content of run.json, with wandb_id.
+    The runs of an arm of a study are a group, study/arm; of any other run its segments are. Raises ValueError where the
+    package wandb is missing.
     """
 
-    def __init__(self, folder, config, group):
+    def __init__(self, folder, config, run):
         try:
             import wandb
         except ImportError as error:
             raise ValueError(
                 "wandb_log needs the package wandb: `pip install wandb`, or leave wandb_log out"
             ) from error
-        self._run = None
-        self._run = self._try("start", lambda: _start(wandb, folder, config, group))
+        self._wandb, self._folder, self._name = wandb, folder, f"run-{run['wandb_id']}"
+        self._sends_weights, self._run = config["wandb_artifacts"], None
+        self._run = self._try("start", lambda: _start(wandb, folder, config, run))
 
     def log(self, step, kind, values):
         """Repeat a record of metrics.jsonl."""
         self._try("log", lambda: self._run.log({"step": step, **_flat(kind, values)}))
 
     def summarise(self, values):
-        """Repeat summary.json."""
+        """Repeat summary.json, with a table of all evaluations, and the checkpoints where wandb_artifacts is set."""
         self._try("write its summary", lambda: self._run.summary.update(values))
+        self._try("write its table", self._write_table)
+        if self._sends_weights:
+            self._try("take its checkpoints", self._send_weights)
+
+    def _write_table(self):
+        columns = ["step", "val_loss", "val_loss_se"]
+        records = [record for record in run_files.read_metrics(self._folder) if record["kind"] == "eval"]
+        rows = [[record.get(name) for name in columns] for record in records]
+        self._run.log({"evaluations": self._wandb.Table(columns=columns, data=rows)})
+
+    def _send_weights(self):
+        artifact = self._wandb.Artifact(self._name, type="model")
+        for name in (run_files.CHECKPOINT, run_files.BEST):
+            if (self._folder / name).exists():
+                artifact.add_file(str(self._folder / name))
+        self._run.log_artifact(artifact)
 
     def finish(self):
         """Wait for what is not sent yet."""
@@ -45,22 +68,27 @@ class Mirror:
             return None
 
 
-def _start(wandb, folder, config, group):
+def _start(wandb, folder, config, run):
+    study = read_json(folder.parent.parent / "study.json")
+    query = "W_Q = I" if config["wq_identity"] else "W_Q"
+    size = f"{config['n_layer']} x {config['n_embd']}"
     # Offline runs cannot be resumed: each segment is a run of its own, in the same group.
     offline = os.environ.get("WANDB_MODE") == "offline"
-    run = wandb.init(
+    mirror = wandb.init(
         project=config["wandb_project"],
         name=config["wandb_run_name"] or folder.name,
-        config=config,
-        dir=folder,
-        group=group,
-        id=secrets.token_hex(4) if offline else group,
+        config={**config, **{name: run.get(name) for name in OF_THE_RUN}},
+        dir=os.environ.get("WANDB_DIR") or folder.resolve(),
+        group=f"{study['name']}/{folder.parent.name}" if study else run["wandb_id"],
+        tags=[config["dataset"], query, size, *([study["name"]] if study else [])],
+        job_type="train",
+        id=secrets.token_hex(4) if offline else run["wandb_id"],
         resume=None if offline else "allow",
     )
     # W&B drops what is logged at a step below the last one; as a field, ours may go back after a resume.
-    run.define_metric("step")
-    run.define_metric("*", step_metric="step")
-    return run
+    mirror.define_metric("step")
+    mirror.define_metric("*", step_metric="step")
+    return mirror
 
 
 def _flat(kind, values):

@@ -162,8 +162,20 @@ class BrokenWandb(types.ModuleType):
     def define_metric(self, *_, **__):
         pass
 
-    def log(self, *_):
-        self.fail("log")
+    def log(self, values):
+        self.fail("table" if "evaluations" in values else "log")
+
+    def Table(self, **_):  # noqa: N802
+        return self
+
+    def Artifact(self, *_, **__):  # noqa: N802
+        return self
+
+    def add_file(self, path):
+        assert Path(path).exists()
+
+    def log_artifact(self, artifact):
+        self.fail("log_artifact")
 
     def update(self, *_):
         self.fail("update")
@@ -176,10 +188,10 @@ class BrokenWandb(types.ModuleType):
             raise RuntimeError(f"{call} is broken")
 
 
-@pytest.mark.parametrize("broken", ["init", "log", "update", "finish"])
+@pytest.mark.parametrize("broken", ["init", "log", "update", "table", "log_artifact", "finish"])
 def test_a_mirror_that_breaks_is_one_warning(tiny, monkeypatch, capsys, broken):
     monkeypatch.setitem(sys.modules, "wandb", BrokenWandb(broken))
-    train.train(tiny(max_iters=5, wandb_log=True))
+    train.train(tiny(max_iters=5, wandb_log=True, wandb_artifacts=True))
     assert capsys.readouterr().out.count(f"({broken} is broken): the run goes on without it") == 1
     assert read_json("run/summary.json")["steps"] == 5
 

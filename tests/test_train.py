@@ -569,7 +569,7 @@ def test_an_offline_wandb_run_is_mirrored_in_segments_of_one_group(tiny, monkeyp
         stop_after(patch, 12)
         train.train(tiny(wandb_log=True))
     train.train(tiny(wandb_log=True, resume=True))
-    assert started[0]["group"] == started[1]["group"]
+    assert started[0]["group"] == started[1]["group"] == json.loads(Path("run/run.json").read_text())["wandb_id"]
     assert started[0]["id"] != started[1]["id"]
     assert started[0]["resume"] is None
     assert len(list(Path("run/wandb").glob("offline-run-*"))) == 2
