@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 
 import configurator
@@ -29,7 +28,7 @@ import train
 from configurator import FilePath
 from engine import decode, devices
 from engine.attention import prefer_attention
-from engine.files import make_folder, sha256_of, write_atomically, write_json, write_text
+from engine.files import make_folder, write_json, write_text
 from engine.flops import cost
 from speed import hardware, peer, planning, profiling, speed_table, timing
 from train_config import TrainConfig
@@ -213,18 +212,6 @@ def generate_uncached(model, idx, n_new):
     return idx
 
 
-def write_synthetic(folder, cfg):
-    """Write token bins of random tokens to folder, enough for the batches and evaluations of a TrainConfig."""
-    vocab_size = min(50257, cfg.vocab_size - (cfg.objective == "mlm"))
-    dtype, rng, splits = data.dtype_for(vocab_size), np.random.default_rng(0), {}
-    folder.mkdir(parents=True)
-    for name, tokens in (("train", max(2**22, 2 * cfg.tokens_per_step)), ("val", cfg.tokens_per_step + 1)):
-        content = rng.integers(0, vocab_size, tokens).astype(data.DTYPES[dtype])
-        write_atomically(folder / f"{name}.bin", lambda file: file.write(content))  # noqa: B023
-        splits[name] = {"tokens": tokens, "documents": 1, "sha256": sha256_of(folder / f"{name}.bin")}
-    data.write_manifest(folder, tokenizer="random", vocab_size=vocab_size, eot=0, dtype=dtype, splits=splits)
-
-
 def timed_config(cfg, folder):
     """The TrainConfig of the measured models, on cfg's data, or where that is missing on random tokens in folder."""
     device = devices.choose_device(cfg.device)
@@ -237,7 +224,9 @@ def timed_config(cfg, folder):
     if any((Path(cfg.data_dir) / cfg.dataset / f"{split}.bin").is_file() for split in data.SPLITS):
         return timed
     timed = dataclasses.replace(timed, data_dir=str(folder), dataset="random")
-    write_synthetic(folder / "random", timed)
+    vocab_size = min(50257, timed.vocab_size - (timed.objective == "mlm"))
+    n_train = max(2**22, 2 * timed.tokens_per_step)  # enough for the batches and evaluations
+    data.write_random_bins(folder / "random", n_train, timed.tokens_per_step + 1, vocab_size)
     return timed
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.files import read_json, write_json
+from engine.files import read_json, sha256_of, write_atomically, write_json
 from train_config import TrainConfig
 
 MANIFEST_VERSION = 1
@@ -202,6 +202,17 @@ def write_manifest(folder, **entries):
     manifest = {"format": MANIFEST_VERSION, **entries}
     write_json(Path(folder) / "meta.json", manifest)
     return manifest
+
+
+def write_random_bins(folder, n_train, n_val, vocab_size):
+    """Write token bins of uniformly random tokens: what a benchmark, or a trial of the code, needs of data."""
+    dtype, rng, splits = dtype_for(vocab_size), np.random.default_rng(0), {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, tokens in (("train", n_train), ("val", n_val)):
+        content = rng.integers(0, vocab_size, tokens).astype(DTYPES[dtype])
+        write_atomically(folder / f"{name}.bin", lambda file: file.write(content))  # noqa: B023
+        splits[name] = {"tokens": tokens, "documents": 1, "sha256": sha256_of(folder / f"{name}.bin")}
+    write_manifest(folder, tokenizer="random", vocab_size=vocab_size, eot=0, dtype=dtype, splits=splits)
 
 
 def batch_offsets(n_tokens, block_size, n_sequences, data_seed, step):
