@@ -149,12 +149,12 @@ def test_nothing_of_a_gpt2_is_lost(tiny, command):
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
 def test_old_weight_files(run, command, legacy, prefix):
     """Files of torch.save, in the format before PyTorch 1.6, too, with masks and without the name of the base model."""
-    theirs = gpt2("theirs")
+    theirs, mask_dtype = gpt2("theirs"), torch.float32 if legacy else torch.uint8
     weights = {
         name.removeprefix("transformer."): tensor for name, tensor in load_file("theirs/model.safetensors").items()
     }
     for layer in range(2):
-        weights[f"h.{layer}.attn.bias"] = torch.ones(32, 32, dtype=torch.uint8).tril()[None, None]
+        weights[f"h.{layer}.attn.bias"] = torch.ones(32, 32, dtype=mask_dtype).tril()[None, None]
         weights[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
     Path("theirs/model.safetensors").unlink()
     weights = {prefix + name: tensor for name, tensor in weights.items()}
