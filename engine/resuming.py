@@ -38,7 +38,7 @@ def options(argv, usage):
     elif not given.get("eval_only"):
         stored = branch_options(given)
     values = configurator.read(TrainConfig, argv, base=stored) | {"out_dir": out_dir}
-    if origin != SCRATCH and not given.get("resume"):
+    if origin != SCRATCH and not (given.get("resume") and stored):  # a run that goes on has its own
         values = checkpoint.model_options(origin) | values
     if given.get("eval_only"):
         values["init_from"] = origin  # not what the run began with: its own weights now

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import configurator
 import data
-from engine import resuming, run_files
+from engine import checkpoint, resuming, run_files
 from engine.files import read_json
 from engine.flops import cost
 from studies import store, study_file
@@ -123,7 +123,10 @@ def planned_run(folder, entry, seed):
     place = store.run_folder(folder, entry["name"], seed)
     arguments = [*entry["arguments"], f"--seed={seed}", f"--out_dir={place}", "--resume"]
     try:
-        base = resuming.branch_options(configurator.read(TrainConfig, arguments))
+        given = configurator.read(TrainConfig, arguments)
+        base = resuming.branch_options(given)
+        if given.get("init_from", resuming.SCRATCH) != resuming.SCRATCH:
+            base |= checkpoint.model_options(given["init_from"])
         values = configurator.read(TrainConfig, arguments, base=base)
         config = TrainConfig(**data.with_vocabulary(values))
     except ValueError as error:
