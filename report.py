@@ -19,7 +19,7 @@ import configurator
 from engine.files import make_folder, write_text
 from engine.flops import cost
 from model import GPTConfig
-from studies import arms, comparison, figures, page, sections, store, table_2
+from studies import arms, benchmarks, comparison, figures, page, sections, store, table_2
 
 
 @dataclass
@@ -148,6 +148,8 @@ def parts(results, comparisons, headlines, drawn):
     if comparisons:
         content += [page.Heading("Differences from control"), sections.differences(results.best_pairs, comparisons)]
         content.append(page.Items(sections.reading_notes(results.best_pairs, comparisons)))
+    if found := benchmarks.table(results):
+        content += [page.Heading("Benchmarks"), found, page.Paragraph(benchmarks.NOTE)]
     if drawn:
         content += [page.Heading("Figures"), *drawn]
     if results.tuned_fields:
