@@ -92,7 +92,7 @@ def name_of(folder, likely=None):
         theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception:  # of many kinds, where files are missing or another program's
         return None
-    for name in dict.fromkeys((likely, "bytes", "gpt2")):
+    for name in dict.fromkeys([*([likely] if isinstance(likely, str) else []), "bytes", "gpt2"]):
         try:
             tokenizer = tokenizers.get_tokenizer(name)
         except ValueError:  # there is none of that name, or GPT-2's vocabulary is not on this machine

@@ -14,7 +14,8 @@ import torch
 
 from model import GPT, GPTConfig
 
-ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
+ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "relu_squared": "relu2"}
+ACTIVATIONS["swiglu"] = "silu"  # of a gate
 OUR_ACTIVATIONS = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {"gelu_new": "gelu_tanh"}
 LINEAR_QUERIES = ("trained", "identity", "linear", "rotation")  # each is X times one matrix
 # Fields of GPTConfig whose meaning is in the sizes, the weights or the class, so that any value can be written; every
@@ -40,6 +41,7 @@ STRUCTURE = (
 )
 FOLDED = dict(wq_identity=False, wq_identity_from=0, attn_scale=1.0, attn_logit_std=None)  # all of it is in W_Q
 QKV = "attn.q attn.k attn.v"
+GATED = ("swiglu",)
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,13 @@ ROTARY_MODULES = {
 }
 ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
 GPT2_FIXED = dict(layer_norm_epsilon=1e-5, scale_attn_weights=True, add_cross_attention=False)
+UNGATED = dict(activation=tuple(name for name in ACTIVATIONS if name not in GATED))
 DECODER = dict(causal=(True,))
 
 CLASSES = (
     StockClass(
         "GPT2LMHeadModel",
-        DECODER | dict(norm=("layernorm",), pos=("learned", "none"), parallel=(False,)),
+        UNGATED | DECODER | dict(norm=("layernorm",), pos=("learned", "none"), parallel=(False,)),
         GPT2_SETTINGS,
         GPT2_MODULES,
         GPT2_FIXED | dict(scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False),
@@ -102,7 +105,7 @@ CLASSES = (
     ),
     StockClass(
         "GPTBigCodeForCausalLM",
-        DECODER | dict(norm=("layernorm",), pos=("learned", "none"), parallel=(False,)),
+        UNGATED | DECODER | dict(norm=("layernorm",), pos=("learned", "none"), parallel=(False,)),
         GPT2_SETTINGS,
         GPT2_MODULES,
         GPT2_FIXED | dict(multi_query=True),
@@ -110,14 +113,14 @@ CLASSES = (
     ),
     StockClass(
         "Starcoder2ForCausalLM",
-        DECODER | dict(norm=("layernorm",), pos=("rope",), parallel=(False,)),
+        UNGATED | DECODER | dict(norm=("layernorm",), pos=("rope",), parallel=(False,)),
         ROTARY_SETTINGS | dict(use_bias="bias", residual_dropout="dropout", embedding_dropout="dropout"),
         ROTARY_MODULES | {f"mlp.{part}": f"model.layers.{{i}}.mlp.{part}" for part in ("c_fc", "c_proj")},
         dict(norm_epsilon=1e-5, sliding_window=None, rope_parameters=ROTARY),
     ),
     StockClass(
         "PhiForCausalLM",
-        DECODER | dict(norm=("layernorm",), pos=("rope",), parallel=(True,)),
+        UNGATED | DECODER | dict(norm=("layernorm",), pos=("rope",), parallel=(True,)),
         ROTARY_SETTINGS | dict(resid_pdrop="dropout", embd_pdrop="dropout"),
         {name: module for name, module in ROTARY_MODULES.items() if name != "ln_2"}
         | {"ln_f": "model.final_layernorm", "attn.c_proj": "model.layers.{i}.self_attn.dense"}
@@ -126,14 +129,23 @@ CLASSES = (
     ),
     StockClass(
         "ArceeForCausalLM",  # a Llama whose MLP has no gate
-        DECODER | dict(norm=("rmsnorm",), pos=("rope",), parallel=(False,)),
+        UNGATED | DECODER | dict(norm=("rmsnorm",), pos=("rope",), parallel=(False,)),
         ROTARY_SETTINGS | dict(attention_bias="bias", mlp_bias="bias", head_dim="d_k"),
         ROTARY_MODULES | {"mlp.c_fc": "model.layers.{i}.mlp.up_proj", "mlp.c_proj": "model.layers.{i}.mlp.down_proj"},
         dict(rms_norm_eps=1e-5, rope_parameters=ROTARY),
     ),
     StockClass(
+        "LlamaForCausalLM",
+        DECODER | dict(activation=GATED, norm=("rmsnorm",), pos=("rope",), parallel=(False,)),
+        ROTARY_SETTINGS | dict(attention_bias="bias", mlp_bias="bias", head_dim="d_k"),
+        ROTARY_MODULES
+        | {"mlp.gate": "model.layers.{i}.mlp.gate_proj", "mlp.c_fc": "model.layers.{i}.mlp.up_proj"}
+        | {"mlp.c_proj": "model.layers.{i}.mlp.down_proj"},
+        dict(rms_norm_eps=1e-5, rope_parameters=ROTARY),
+    ),
+    StockClass(
         "EuroBertForMaskedLM",
-        dict(causal=(False,), norm=("rmsnorm",), pos=("rope",), parallel=(False,)),
+        UNGATED | dict(causal=(False,), norm=("rmsnorm",), pos=("rope",), parallel=(False,)),
         ROTARY_SETTINGS | dict(attention_bias="bias", head_dim="d_k"),
         ROTARY_MODULES | {"mlp.c_fc": "model.layers.{i}.mlp.gate_proj", "mlp.c_proj": "model.layers.{i}.mlp.down_proj"},
         dict(rms_norm_eps=1e-5, mlp_bias=True, rope_parameters=ROTARY),
@@ -152,13 +164,17 @@ def class_of(config):
     for stock in CLASSES:
         if stock.fits(config):
             return stock
-    if not config.causal:
+    if config.activation in GATED:
+        why = "the stock class with such a gate is Llama's, with norm=rmsnorm, pos=rope, parallel=False and causal=True"
+    elif not config.causal:
         why = "the stock encoder with such a head has norm=rmsnorm, pos=rope and parallel=False"
     elif config.parallel:
         why = "the stock class with parallel=True has norm=layernorm and pos=rope"
     else:
         why = "the stock class with norm=rmsnorm has pos=rope"
-    options = ", ".join(f"{name}={getattr(config, name)}" for name in ("norm", "pos", "parallel", "causal"))
+    options = ", ".join(
+        f"{name}={getattr(config, name)}" for name in ("norm", "pos", "parallel", "causal", "activation")
+    )
     raise ValueError(f"a model with {options} has no class in transformers: {why}")
 
 
@@ -186,17 +202,17 @@ def plain_config(stock, theirs):
         if got != value:
             raise ValueError(f"its {name} must be {value}, got {got}: no model of ours computes that")
     found = {ours: getattr(theirs, name) for name, ours in reversed(stock.settings.items())}
-    if found["activation"] not in OUR_ACTIVATIONS:
+    known = {theirs: ours for theirs, ours in OUR_ACTIVATIONS.items() if ours in stock.options["activation"]}
+    if found["activation"] not in known:
         raise ValueError(
-            f"its activation must be one of {', '.join(OUR_ACTIVATIONS)}, got {found['activation']!r}: no model of "
-            "ours has it"
+            f"its activation must be one of {', '.join(known)}, got {found['activation']!r}: no model of ours has it"
         )
-    found["activation"] = OUR_ACTIVATIONS[found["activation"]]
+    found["activation"] = known[found["activation"]]
     hidden = found.pop("mlp_hidden") or 4 * found["n_embd"]
     heads = found.pop("kv_heads", 1 if stock.multi_query else found["n_head"])
     if found.pop("d_k", None) not in (None, found["n_embd"] // found["n_head"]):
         raise ValueError(f"its head_dim must be n_embd/n_head = {found['n_embd']}/{found['n_head']}")
-    options = {name: values[0] for name, values in stock.options.items()}
+    options = {name: values[0] for name, values in stock.options.items() if name not in found}
     sizes = dict(mlp_ratio=hidden / found["n_embd"], n_kv_head=None if heads == found["n_head"] else heads)
     return GPTConfig(**found | options | sizes | dict(bias=True))
 
@@ -232,6 +248,10 @@ def expanded(model, repeats_heads=False):
         for name in ("ln_1", "ln_2", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
             if name != "ln_2" or not config.parallel:
                 put(f"h.{layer}.{name}", block.get_submodule(name))
+        if config.activation in GATED:  # the first half of the rows is the gate
+            for part in ("weight", "bias"):
+                both = full[f"h.{layer}.mlp.c_fc.{part}"]
+                full[f"h.{layer}.mlp.gate.{part}"], full[f"h.{layer}.mlp.c_fc.{part}"] = both.chunk(2)
         q, k, v = (rows.detach() for rows in attention.split_qkv(attention.c_attn.weight, dim=0))
         q = attention.query(eye, q.T).T.detach()  # the product of the identity with W_Q is W_Q
         full[f"h.{layer}.attn.q.weight"] = q * scale
@@ -270,6 +290,10 @@ def contracted(config, full):
     for layer in range(1 if config.share_layers else config.n_layer):
         for name in ("ln_1", "ln_2", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
             put(f"transformer.h.{layer}.{name}", f"h.{layer}.{name}")
+        for part in ("weight", "bias"):
+            name = f"transformer.h.{layer}.mlp.c_fc.{part}"
+            if config.activation in GATED and name in weights:
+                weights[name] = torch.cat([full[f"h.{layer}.mlp.gate.{part}"], weights[name]])
         scale, kept = config.attn_scale_in(layer), []
         if config.query(layer) == "trained":
             kept.append(lambda part, layer=layer, scale=scale: full[f"h.{layer}.attn.q.{part}"] / scale)

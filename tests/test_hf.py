@@ -117,8 +117,8 @@ def test_mistakes_are_one_line(run, refuses):
     refuses(hf.main, "import", "--from=full", "--out=out/in", words=["full has no config.json"])
     refuses(hf.main, "import", "--from=./none", "--out=out/in", words=["there is no folder ./none"])
     refuses(hf.main, "import", "--from=full", "--out=out/run", words=["out/run already contains a run"])
-    Path("full/config.json").write_text('{"model_type": "llama"}')
-    refuses(hf.main, "import", "--from=full", "--out=out/in", words=["model_type must be one of gpt2", "got 'llama'"])
+    Path("full/config.json").write_text('{"model_type": "mistral"}')
+    refuses(hf.main, "import", "--from=full", "--out=out/in", words=["model_type must be one of gpt2", "got 'mistral'"])
     assert not Path("out/in").exists()
 
 
@@ -184,7 +184,7 @@ def test_weights_in_several_files(run, command, refuses):
     [
         (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx must be False, got True"),
         (dict(layer_norm_epsilon=1e-6), "layer_norm_epsilon must be 1e-05, got 1e-06"),
-        (dict(activation_function="silu"), "activation must be one of gelu, gelu_pytorch_tanh, relu, gelu_new"),
+        (dict(activation_function="silu"), "activation must be one of gelu, gelu_pytorch_tanh, relu, relu2, gelu_new"),
         (dict(n_inner=7), None),
         (dict(tie_word_embeddings=False), None),
     ],
@@ -197,6 +197,36 @@ def test_what_a_gpt2_may_be(run, command, refuses, changes, words):
         assert not Path("out/in").exists()
     else:
         assert command(hf.main, "import", "--from=theirs", "--out=out/in")[0] == 0
+        assert_same_logits(theirs, imported())
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("Llama", dict(rms_norm_eps=1e-5), None),
+        ("Llama", dict(rms_norm_eps=1e-5, attention_bias=True, num_key_value_heads=1), None),
+        ("Llama", dict(rms_norm_eps=1e-6), "rms_norm_eps must be 1e-05"),
+        ("Llama", dict(rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 5e5}), "rope_theta"),
+        ("Llama", dict(rms_norm_eps=1e-5, head_dim=4), "head_dim must be n_embd/n_head"),
+        ("Starcoder2", dict(sliding_window=None, num_key_value_heads=1), None),
+        ("Phi", dict(), "partial_rotary_factor"),
+        ("Arcee", dict(hidden_act="relu2"), None),
+    ],
+    ids=str,
+)
+def test_other_classes_that_transformers_made(run, command, refuses, kind, changes, words):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=257, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    config = getattr(transformers, f"{kind}Config")(**sizes, max_position_embeddings=32, **changes)
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with hf_folders.quiet():
+        theirs.save_pretrained("theirs")
+    if words:
+        refuses(hf.main, "import", "--from=theirs", "--out=out/in", words=[words, "cannot import theirs"])
+    else:
+        status, out, error = command(hf.main, "import", "--from=theirs", "--out=out/in")
+        assert status == 0, error
+        assert "--tokenizer=" in out  # which the folder does not have
         assert_same_logits(theirs, imported())
 
 

@@ -18,7 +18,7 @@ GRID = dict(
     parallel=(False, True),
     n_kv_head=(None, 2, 1),
     bias=(False, True),
-    activation=("gelu", "gelu_tanh", "relu"),
+    activation=("gelu", "gelu_tanh", "relu", "relu_squared", "swiglu"),
     wq_identity=(False, True),
     attn_scale=(1.0, 0.7),
     mlp_ratio=(4.0, 4.5),
@@ -52,11 +52,11 @@ def random_model(**changes):
     return model
 
 
-def models_of(stock):
+def models_of(stock, most=7):
     """Options of models that a class holds: a sample of the grid."""
     every = [dict(zip(GRID, values, strict=True)) for values in itertools.product(*GRID.values())]
     fitting = [choice for choice in every if stock.fits(GPTConfig(**SIZES, **choice))]
-    return random.Random(0).sample(fitting, min(12, len(fitting)))
+    return random.Random(0).sample(fitting, min(most, len(fitting)))
 
 
 def loaded(folder, model):
@@ -105,9 +105,16 @@ def assert_round_trip(folder, model):
         assert torch.allclose(rebuilt(tokens, tokens)[0], expected, atol=1e-5 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("stock", hf_classes.CLASSES[:5], ids=lambda stock: stock.name)
+@pytest.mark.parametrize("stock", hf_classes.CLASSES[:6], ids=lambda stock: stock.name)
 def test_a_sample_of_the_grid(tmp_path, stock):
     for number, choice in enumerate(models_of(stock)):
+        assert_round_trip(tmp_path / str(number), random_model(**choice))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stock", hf_classes.CLASSES[:6], ids=lambda stock: stock.name)
+def test_the_whole_grid(tmp_path, stock):
+    for number, choice in enumerate(models_of(stock, most=10**6)):
         assert_round_trip(tmp_path / str(number), random_model(**choice))
 
 
@@ -149,7 +156,8 @@ def test_what_training_needs_is_in_the_configuration(tmp_path):
         (dict(qk_norm=True), "qk_norm=True"),
         (dict(wq_identity=True, query_residual="mlp"), "query_residual=mlp"),
         (dict(norm="rmsnorm"), "norm=rmsnorm, pos=learned, parallel=False, causal=True"),
-        (dict(parallel=True), "pos=learned, parallel=True, causal=True has no class in transformers"),
+        (dict(activation="swiglu"), "activation=swiglu has no class in transformers: the stock class with such a gate"),
+        (dict(parallel=True), "pos=learned, parallel=True, causal=True, activation=gelu has no class in transformers"),
         (dict(parallel=True, pos="rope", norm="rmsnorm"), "norm=rmsnorm, pos=rope, parallel=True"),
         (dict(causal=False), "norm=layernorm, pos=learned, parallel=False, causal=False"),
     ],
