@@ -1,7 +1,8 @@
 """Run folders grouped into arms: which arm is compared with which, and the losses and curves of each.
 
-A study folder (see studies/store.py) says to which arm and point of the grid a run belongs, and which arm is its
-control. Run folders without a study are grouped by their configurations: runs that differ only in the seed are one arm.
+A study folder (see studies/store.py) says to which arm and point of the grid a run belongs, which arm is its control,
+and with which seeds the points of the grid are chosen. Run folders without a study are grouped by their configurations:
+runs that differ only in the seed are one arm.
 """
 
 import dataclasses
@@ -19,18 +20,24 @@ from studies import comparison
 from studies.page import plain
 from studies.runs import is_number, read_run, series
 from studies.store import is_study, read_study, run_folder, state
+from studies.texts import point_text
 from train_config import TrainConfig
 
 
 @dataclass(eq=False)  # cells are told apart by identity, and can be keys
 class Cell:
-    """An arm at one point of the grid: its finished runs, which differ only in the seed."""
+    """An arm at one point of the grid: its finished runs, which differ only in the seed.
+
+    The runs of a study's tuning_seeds choose the point and are reported nowhere else; without such seeds all runs do
+    both.
+    """
 
     arm: str
     point: dict  # grid field -> value; empty without a grid
     control: str  # the arm that it is compared with; a control names itself
     configured: dict = field(default_factory=dict)  # grid field -> the arm's default setting, from its own files
-    runs: dict = field(default_factory=dict)  # seed -> Run
+    runs: dict = field(default_factory=dict)  # seed -> Run: those that are reported
+    tuning: dict = field(default_factory=dict)  # seed -> Run: those that only choose the point
     n_diverged: int = 0  # further runs, which diverged
 
     @property
@@ -44,9 +51,19 @@ class Cell:
         return {seed: run.summary["val_loss"] for seed, run in self.runs.items()}
 
     @property
+    def choosing_losses(self):
+        """seed -> final validation loss of the runs by which a point is chosen."""
+        return {seed: run.summary["val_loss"] for seed, run in (self.tuning or self.runs).items()}
+
+    @property
+    def all_runs(self):
+        """All finished runs."""
+        return [*self.tuning.values(), *self.runs.values()]
+
+    @property
     def example(self):
         """One of the runs, to look up what all of them have in common."""
-        return next(iter(self.runs.values()))
+        return next(iter((self.runs or self.tuning).values()))
 
     def curve(self, kind, name, seeds=None):
         """A metric at the steps that all runs recorded: steps, (n,), and values, (seeds, n) or (seeds, n, layers).
@@ -71,10 +88,14 @@ class Results:
 
     name: str
     grid: dict  # field -> values
-    cells: list  # of Cell, each with at least one finished run
+    cells: list  # of Cell, each with at least one finished run, be it one that only chooses a point
     unfinished: list  # (folder, state) of each run that is not finished
     command: str | None = None  # the command that repeats the study
     all_cells: list = field(default_factory=list)  # cells, and those without a finished run
+    tuning_seeds: tuple = ()  # with which points are chosen; the others are reported
+    equal_within: float | None = None  # the fraction of the control's loss within which two arms count as equal
+    later: list = field(default_factory=list)  # (cell, folder) of runs that are needed only if their point is chosen
+    about: tuple | None = None  # the options in which arms are meant to differ, beside the grid's; None: not known
 
     @property
     def arms(self):
@@ -84,7 +105,7 @@ class Results:
     @property
     def runs(self):
         """(cell, run) for every finished run."""
-        return [(cell, run) for cell in self.cells for run in cell.runs.values()]
+        return [(cell, run) for cell in self.cells for run in cell.all_runs]
 
     @cached_property
     def size_fields(self):
@@ -106,7 +127,7 @@ class Results:
 
         Where there is none of these, all that have a finished run.
         """
-        points = [point for point in self.points(cell) if point.runs]
+        points = [point for point in self.points(cell) if point.choosing_losses]
         return [point for point in points if not point.n_diverged] or points
 
     def size(self, cell):
@@ -115,7 +136,12 @@ class Results:
 
     @cached_property
     def best(self):
-        """The best cell of each arm at each size, in order."""
+        """The chosen cells of which a run that is reported has finished."""
+        return [cell for cell in self.chosen if cell.runs]
+
+    @cached_property
+    def chosen(self):
+        """The cell of each arm at each size with the lowest loss, in order."""
         firsts = {}
         for cell in self.cells:
             firsts.setdefault((cell.arm, *self.size(cell).values()), cell)
@@ -145,7 +171,9 @@ class Results:
         cells = [
             cell
             for cell in self.cells
-            if tuned and all(name in cell.configured and cell.configured[name] == cell.point[name] for name in tuned)
+            if cell.runs
+            and tuned
+            and all(name in cell.configured and cell.configured[name] == cell.point[name] for name in tuned)
         ]
         return self._pairs(cells, self.size)
 
@@ -158,8 +186,10 @@ class Results:
         """seed -> its loss at the point that is best for the other seeds, for the arm and size of a cell.
 
         Unlike the losses at the best point, these had no part in choosing it. Only of seeds that are finished at all
-        points; empty where there is only one point, or fewer than two such seeds.
+        points; empty where there is only one point, or fewer than two such seeds, or a study's tuning_seeds choose.
         """
+        if self.tuning_seeds:
+            return {}
         cells = self.candidates(cell)
         seeds = common_seeds(cells)
         if len(cells) < 2 or len(seeds) < 2:
@@ -195,8 +225,8 @@ def changes_cost(config, name, values):
 
 
 def common_seeds(cells):
-    """The seeds that are finished in all of the cells, in order."""
-    return sorted(set.intersection(*(set(cell.runs) for cell in cells)))
+    """The seeds that are finished in all of the cells, in order: of those by which points are chosen."""
+    return sorted(set.intersection(*(set(cell.choosing_losses) for cell in cells)))
 
 
 def lowest(cells, without=None):
@@ -206,9 +236,9 @@ def lowest(cells, without=None):
     """
     seeds = set(common_seeds(cells)) - {without}
     if not seeds:
-        most = max(len(cell.runs) for cell in cells)
-        cells = [cell for cell in cells if len(cell.runs) == most]
-    return min(cells, key=lambda cell: np.mean([cell.losses[seed] for seed in seeds or cell.runs]))
+        most = max(len(cell.choosing_losses) for cell in cells)
+        cells = [cell for cell in cells if len(cell.choosing_losses) == most]
+    return min(cells, key=lambda cell: np.mean([cell.choosing_losses[seed] for seed in seeds or cell.choosing_losses]))
 
 
 def are_comparable(cell, control):
@@ -216,39 +246,16 @@ def are_comparable(cell, control):
     return cell.example.config["objective"] == control.example.config["objective"]
 
 
-def mismatches(cell, control):
-    """What makes the comparison of two cells' losses unfair, as phrases: other tokens, block_size or precision."""
-    a, b = (each.example for each in (cell, control))
-    found = []
-    a_tokens, b_tokens = (run.summary["tokens"] for run in (a, b))
-    if a_tokens != b_tokens:
-        found.append(f"{a_tokens / b_tokens:.3g} × the training tokens" if b_tokens else "training tokens against none")
-    if a.config["block_size"] != b.config["block_size"]:
-        found.append(f"block_size {a.config['block_size']} against {b.config['block_size']}")
-    if a.precision != b.precision:
-        found.append(f"{a.precision} against {b.precision}")
-    return found
-
-
-def compare_cells(pairs):
+def compare_cells(pairs, equal_within=None):
     """A comparison.Comparison for each (cell, control's cell) in pairs; together they are one family of tests."""
-    return comparison.compare([(cell.losses, control.losses) for cell, control in pairs])
+    return comparison.compare([(cell.losses, control.losses) for cell, control in pairs], equal_within)
 
 
-def value_text(value):
-    """A value of the grid as text."""
-    return f"{value:g}" if is_number(value) else str(value).lower()
-
-
-def point_text(point):
-    """A point of the grid as text: 'weight_decay 0.03125, attn_scale 0.5'."""
-    return ", ".join(f"{name} {value_text(value)}" for name, value in point.items())
-
-
-def load(folders, control=None):
+def load(folders, control=None, about=()):
     """The Results of one study folder, or of run folders.
 
     control: the arm to compare all others with; None: the study's own controls, or the first arm of run folders.
+    about: the options in which the arms are meant to differ; none: what the study says.
     Raises ValueError for a folder that is neither, a control that is not an arm, two runs with one seed in an arm, runs
     of an arm that differ in more than the seed, and runs on different data.
     """
@@ -259,9 +266,10 @@ def load(folders, control=None):
             f"study's run folders, {shlex.quote(str(studies[0]))}/*/seed*"
         )
     results = _load_study(studies[0]) if studies else _load_runs(folders)
-    results.cells = [cell for cell in results.all_cells if cell.runs]
+    results.about = tuple(about) or results.about
+    results.cells = [cell for cell in results.all_cells if cell.all_runs]
     if not results.cells:
-        folder, why = results.unfinished[0]
+        folder, why = [*results.unfinished, *((folder, "not started") for _, folder in results.later)][0]
         raise ValueError(f"there is nothing to report, since no run is finished: {folder} is {why}")
     if control is not None:
         if control not in results.arms:
@@ -270,23 +278,33 @@ def load(folders, control=None):
         for cell in results.cells:
             cell.control = control
     _check_same_data(results)
+    results.unfinished += [(folder, "not started") for cell, folder in results.later if cell in results.chosen]
     return results
 
 
 def _load_study(folder):
     content = read_study(folder)
     results = Results(content["name"], content["grid"], cells=[], unfinished=[], command=content.get("command"))
+    results.tuning_seeds = tuple(seed for seed in content.get("tuning_seeds", ()) if seed in content["seeds"])
+    results.equal_within, results.about = content.get("equal_within"), content.get("about")
     for entry in content["arms"]:
         cell = Cell(entry["arm"], entry["point"], entry["control"], entry.get("configured", {}))
         results.all_cells.append(cell)
         for seed in content["seeds"]:
             path = run_folder(folder, entry["name"], seed)
             run = read_run(path)
-            if run is None or run.summary is None:
+            if run is None and results.tuning_seeds and seed not in results.tuning_seeds:
+                results.later.append((cell, path))
+            elif run is None or run.summary is None:
                 _add_unfinished(results, cell, path, run, state(path))
             else:
-                _add_finished(cell, run)
+                _add_finished(cell, run, seed in results.tuning_seeds)
     return results
+
+
+def _kind(run):
+    """What the runs of an arm have in common: their options, and how these changed on the way."""
+    return run.experiment, run.changes_text
 
 
 def _load_runs(folders):
@@ -297,7 +315,8 @@ def _load_runs(folders):
             raise ValueError(
                 f"{folder} is neither a study nor a run: a study has study.json, a run has config.json and run.json"
             )
-        group = next((group for group in groups if group[0].experiment == run.experiment), None)
+        same = (group for group in groups if _kind(group[0]) == _kind(run))
+        group = next(same, None)
         if group is None:
             groups.append(group := [])
         group.append(run)
@@ -325,27 +344,28 @@ def _add_unfinished(results, cell, folder, run, how):
     cell.n_diverged += run_files.has_diverged(folder)
 
 
-def _add_finished(cell, run):
-    """Put a finished run into its cell."""
-    if run.seed in cell.runs:
+def _add_finished(cell, run, chooses=False):
+    """Put a finished run into its cell; chooses: whether it only chooses the point."""
+    runs = cell.tuning if chooses else cell.runs
+    if run.seed in runs:
         seed, data_seed = run.seed
         raise ValueError(
-            f"{cell.runs[run.seed].folder} and {run.folder} both have seed {seed} (data_seed {data_seed}) of "
+            f"{runs[run.seed].folder} and {run.folder} both have seed {seed} (data_seed {data_seed}) of "
             f"{cell.label}, which must have each seed once: leave out one of them"
         )
-    if cell.runs and run.experiment != cell.example.experiment:
+    if cell.all_runs and run.experiment != cell.example.experiment:
         a, b = cell.example.experiment, run.experiment
         names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
         raise ValueError(
             f"{cell.example.folder} and {run.folder} are runs of {cell.label}, which must differ only in the seed, but "
             f"they differ in {', '.join(names)}: repeat one of them"
         )
-    if cell.runs and run.precision != cell.example.precision:
+    if cell.all_runs and run.precision != cell.example.precision:
         raise ValueError(
             f"{cell.example.folder} was trained in {cell.example.precision} and {run.folder} in {run.precision}, but "
             f"runs of {cell.label} must have one dtype, since it changes the loss: repeat one of them with --dtype=…"
         )
-    cell.runs[run.seed] = run
+    runs[run.seed] = run
 
 
 def _names(groups):

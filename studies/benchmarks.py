@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from engine.files import read_json
-from studies import comparison, page, sections
+from studies import comparison, page
 from studies.runs import is_number
+from studies.texts import p_text, signed, with_interval
 
 FOLDER = "eval"
 NOTE = (
@@ -52,9 +53,9 @@ def table(results):
             *name,
             cell.label,
             f"{mean.n}",
-            sections.with_interval(mean),
-            "–" if result.difference.mean is None else sections.with_interval(result.difference, sections.signed),
-            sections.p_text(result.p_holm),
+            with_interval(mean),
+            "–" if result.difference.mean is None else with_interval(result.difference, signed),
+            p_text(result.p_holm),
         ]
         for (name, cell, mean), result in zip(entries, comparison.compare(pairs), strict=True)
     ]

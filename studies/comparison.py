@@ -7,7 +7,7 @@ differences of the seeds are normal and independent.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -34,6 +34,23 @@ class Mean:
 
 
 @dataclass(frozen=True)
+class Equivalence:
+    """Whether an arm's loss is within a margin of its control's: two one-sided t-tests (D. J. Schuirmann, 1987)."""
+
+    within: float  # the margin as a fraction of the control's mean loss
+    margin: float  # nats per token
+    low: float  # the ends of the 90 % interval, which lies within ± margin where p is below 5 %
+    high: float
+    p: float  # of the null hypothesis that the true difference is at least as large as the margin
+    p_holm: float  # p, adjusted for the number of comparisons made together
+
+    @property
+    def is_shown(self):
+        """Whether the arms are equal within the margin."""
+        return self.p_holm < 1 - CONFIDENCE
+
+
+@dataclass(frozen=True)
 class Comparison:
     """An arm against its control."""
 
@@ -42,6 +59,12 @@ class Comparison:
     # The number of seeds that detects a difference of DIFFERENCE with probability POWER, if the true standard deviation
     # is that of these seeds, and if it is at the lower or upper end of its interval.
     seeds_needed: tuple[int, int, int] | None
+    equivalence: Equivalence | None = None  # None where no margin was fixed, or where there are too few seeds
+
+    @property
+    def is_equal(self):
+        """Whether the difference is shown to be within the margin that was fixed before."""
+        return self.equivalence is not None and self.equivalence.is_shown
 
     @property
     def is_significant(self):
@@ -55,18 +78,28 @@ class Comparison:
         if d.n == 0:
             return "inconclusive: no finished seed in common"
         if d.n == 1:
-            return "inconclusive: only one seed"
+            return "inconclusive: one seed"
         if d.sd == 0:
             return f"{'identical' if d.mean == 0 else 'inconclusive: the same difference'} in each of {d.n} seeds"
         if self.is_significant:
-            return "better" if d.mean < 0 else "worse"
+            conclusion = "better" if d.mean < 0 else "worse"
+            return f"{conclusion}, but equal within {self.within}" if self.is_equal else conclusion
+        if self.is_equal:
+            return f"equal within {self.within}"
         corrected = " after Holm's correction" if d.p < 1 - CONFIDENCE else ""
-        return f"not distinguishable with {d.n} seeds{corrected}"
+        if self.seeds_needed[-1] <= d.n:
+            return f"no difference is seen with {d.n} seeds{corrected}"
+        return f"{d.n} seeds are not enough to call it{corrected}"
+
+    @property
+    def within(self):
+        """The margin of the equivalence, as text: '0.5 %'."""
+        return f"{100 * self.equivalence.within:g} %"
 
     @property
     def power_note(self):
         """How many seeds would detect a difference of DIFFERENCE, as text; '' where the conclusion needs no note."""
-        if self.is_significant or not self.difference.sd:
+        if self.is_significant or self.is_equal or not self.difference.sd:
             return ""
         needed, least, most = self.seeds_needed
         if most <= self.difference.n:
@@ -113,15 +146,36 @@ def difference(losses, control):
     return summarise(losses[seed] - control[seed] for seed in losses if seed in control)
 
 
-def compare(pairs):
-    """A Comparison for each (losses, control) in pairs, dicts seed -> loss; together they are one family of tests."""
+def compare(pairs, equal_within=None):
+    """A Comparison for each (losses, control) in pairs, dicts seed -> loss; together they are one family of tests.
+
+    equal_within: the fraction of the control's mean loss within which two arms count as equal; None: not fixed.
+    """
     differences = [difference(losses, control) for losses, control in pairs]
     adjusted = holm([d.p for d in differences])
     family = sum(p is not None for p in adjusted)
-    return [
-        Comparison(d, p, None if d.sd is None else seeds_range(d, (1 - CONFIDENCE) / family))
-        for d, p in zip(differences, adjusted, strict=True)
+    equal = [
+        equivalence(d, equal_within, np.mean([control[seed] for seed in losses if seed in control]))
+        if equal_within and d.sd
+        else None
+        for d, (losses, control) in zip(differences, pairs, strict=True)
     ]
+    both = holm([each and each.p for each in equal])
+    equal = [each and replace(each, p_holm=p) for each, p in zip(equal, both, strict=True)]
+    return [
+        Comparison(d, p, None if d.sd is None else seeds_range(d, (1 - CONFIDENCE) / family), same)
+        for d, p, same in zip(differences, adjusted, equal, strict=True)
+    ]
+
+
+def equivalence(mean, within, reference):
+    """The Equivalence of the Mean of paired differences. within: the margin, a fraction of the control's loss."""
+    from scipy import stats
+
+    margin, error = within * abs(reference), mean.sd / math.sqrt(mean.n)
+    p = float(stats.t.sf((margin - abs(mean.mean)) / error, mean.n - 1))
+    reach = float(stats.t.ppf(CONFIDENCE, mean.n - 1)) * error
+    return Equivalence(within, float(margin), mean.mean - reach, mean.mean + reach, p, p)
 
 
 def slope(differences):

@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.files import write_atomically
 from studies import comparison
-from studies.arms import is_number
+from studies.runs import is_number
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 LINES = ["-", "--", "-.", ":"]
@@ -88,11 +88,11 @@ def styles(names):
     }
 
 
-def line_with_band(panel, x, values, **look):
-    """Draw the mean of values, (seeds, len(x)), with its interval; (mean, low, high), which are equal for one seed."""
+def line_with_band(panel, x, values, has_band=True, **look):
+    """Draw the mean of values, (seeds, len(x)), with its interval; (mean, low, high), which are equal without one."""
     mean, low, high = comparison.band(values)
     panel.plot(x, mean, **look)
-    if low is None:
+    if low is None or not has_band:
         return mean, mean, mean
     panel.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0)
     return mean, low, high

@@ -12,18 +12,29 @@ from pathlib import Path
 from urllib.parse import quote
 
 STYLE = """
-body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; }
-h1, h2 { line-height: 1.2; } h2 { margin-top: 2.2rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
-table { border-collapse: collapse; font-size: .88rem; display: block; overflow-x: auto; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top; }
-th { white-space: nowrap; border-bottom: 2px solid #888; } .text { text-align: left; }
-img { max-width: 100%; } figure { margin: 1rem 0; } figcaption { font-size: .88rem; color: #444; }
-pre { background: #f4f4f4; padding: .6rem; overflow-x: auto; }
+:root { color-scheme: light dark; --back: #fff; --text: #1b1b1b; --faint: #555; --line: #ddd; --box: #f4f4f4; }
 @media (prefers-color-scheme: dark) {
-  body { background: #1b1b1b; color: #e6e6e6; } pre { background: #2a2a2a; } figcaption { color: #bbb; }
-  img { background: white; } h2, th, td { border-color: #444; }
+  :root { --back: #1b1b1b; --text: #e6e6e6; --faint: #b8b8b8; --line: #444; --box: #2a2a2a; }
+}
+body { max-width: 74rem; margin: 1.5rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; }
+body { color: var(--text); background: var(--back); overflow-wrap: anywhere; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem; }
+p, ul, figcaption { max-width: 54rem; } ul { padding-left: 1.3rem; } li { margin: .3rem 0; }
+.wide { overflow-x: auto; overflow-wrap: normal; } table { border-collapse: collapse; font-size: .88rem; }
+th, td { padding: .25rem .55rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
+th { border-bottom: 2px solid var(--faint); vertical-align: bottom; } td { white-space: nowrap; }
+.text { text-align: left; } td.text { white-space: normal; } td.text.long { min-width: 16rem; }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--back); padding-left: 0; }
+img { max-width: 100%; height: auto; background: white; } figure { margin: 1rem 0; }
+figcaption { font-size: .88rem; color: var(--faint); }
+pre { background: var(--box); padding: .6rem; overflow-x: auto; }
+@media (max-width: 40rem) {
+  body { font-size: 15px; margin: .5rem auto; padding: 0 .7rem; } h1 { font-size: 1.5rem; margin: .6rem 0; }
+  th, td { padding: .2rem .4rem; font-size: .82rem; }
+  td:first-child { min-width: 6.5rem; max-width: 9rem; overflow-wrap: anywhere; }
 }
 """
+LONG = 24  # characters: a text of more gets a column that is wide enough to read it
 
 # What Markdown interprets within a line: code, emphasis, tables, strike-through, formulas; a backslash, link, tag or
 # character reference only as such. An underscore within a word (W_Q, out_dir) is one, and is left alone.
@@ -103,12 +114,18 @@ class Table:
         return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
 
     def html(self, folder):
+        longest = [max(len(row[i]) for row in (self.head, *self.rows)) for i in range(len(self.head))]
+
         def line(row, tag):
-            kinds = [" class=text" if name in self.words else "" for name in self.head]
+            kinds = [
+                f' class="text{" long" * (i > 0 and longest[i] > LONG)}"' if name in self.words else ""
+                for i, name in enumerate(self.head)
+            ]
             return "".join(f"<{tag}{kind}>{escaped_html(text)}</{tag}>" for kind, text in zip(kinds, row, strict=True))
 
         body = "".join(f"<tr>{line(row, 'td')}</tr>\n" for row in self.rows)
-        return f"<table><thead><tr>{line(self.head, 'th')}</tr></thead>\n<tbody>{body}</tbody></table>"
+        head = f"<thead><tr>{line(self.head, 'th')}</tr></thead>"
+        return f"<div class=wide><table>{head}\n<tbody>{body}</tbody></table></div>"
 
 
 @dataclass(frozen=True)

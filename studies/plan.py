@@ -114,8 +114,18 @@ def planned_runs(cfg, options):
         "seeds": list(seeds),
         "grid": {name: list(dict.fromkeys(axes[name] for axes, _ in points)) for name in points[0][0]},
         "arms": entries,
+        "tuning_seeds": list(study.tuning_seeds),
+        "equal_within": study.equal_within,
+        "about": list(study.about) or differing([run.config for run in runs[: len(entries)]]),
     }
     return runs, content
+
+
+def differing(configs):
+    """The options, other than seeds, that determine a run's result and are not the same in all TrainConfigs."""
+    identities = [run_files.identity(dataclasses.asdict(config)) for config in configs]
+    names = (name for name in identities[0] if name not in ("seed", "data_seed"))
+    return [name for name in names if len({repr(each[name]) for each in identities}) > 1]
 
 
 def planned_run(folder, entry, seed):

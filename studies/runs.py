@@ -43,6 +43,7 @@ SUMMARY = {
     "val_loss_se": OPTIONAL_NUMBER,
     "train_loss": OPTIONAL_NUMBER,
     "tokens_per_second": OPTIONAL_NUMBER,
+    "bits_per_byte": OPTIONAL_NUMBER,  # where the bytes of the text are known
     "steps": COUNT,
     "tokens": COUNT,
 }
@@ -58,7 +59,8 @@ class Change:
     step: int  # the first one with the new value comes after it
 
     def __str__(self):
-        return f"{self.option} {self.before} → {self.after} from step {self.step:,}"
+        before, after = (f"{v:.6g}" if isinstance(v, float) else str(v) for v in (self.before, self.after))
+        return f"{self.option} {before} → {after} from step {self.step:,}"
 
 
 @dataclass(eq=False)
@@ -93,6 +95,12 @@ class Run:
         return ", ".join(dict.fromkeys(segments or [str(self.facts.get("dtype"))]))
 
     @property
+    def date(self):
+        """The day on which the run, or the last segment of it, was started, such as 2026-11-26; None: not known."""
+        starts = [segment["start"] for segment in self.facts.get("segments", []) if "start" in segment]
+        return starts[-1][:10] if starts else None
+
+    @property
     def changes(self):
         """The Changes of options that determine the result, in order: config.json has only their last values.
 
@@ -124,7 +132,7 @@ def read_run(folder):
     check(folder / run_files.FACTS, facts, FACTS)
     check(folder / run_files.FACTS, {"segments": []} | facts, {"segments": SEGMENTS})
     if summary is not None:
-        check(folder / run_files.SUMMARY, summary, SUMMARY)
+        check(folder / run_files.SUMMARY, {"bits_per_byte": None} | summary, SUMMARY)
     return Run(folder, config, facts, summary)
 
 
@@ -163,6 +171,7 @@ def _is_segment(value):
     return (
         isinstance(changed, dict)
         and OPTIONAL_TEXT[0](value.get("dtype"))
+        and TEXT[0](value.get("start", ""))
         and all(isinstance(pair, list) and len(pair) == 2 for pair in changed.values())
         and (not changed or COUNT[0](value.get("step")))
     )
@@ -170,7 +179,7 @@ def _is_segment(value):
 
 SEGMENTS = (
     lambda value: isinstance(value, list) and all(map(_is_segment, value)),
-    "a list of objects with step, dtype and changed (option: [before, after])",
+    "a list of objects with start, step, dtype and changed (option: [before, after])",
 )
 
 

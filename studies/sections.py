@@ -1,132 +1,75 @@
-"""The tables and sentences of a report: what was trained, the losses, and the differences from control."""
+"""The tables and notes of a report: what was trained, the losses, and the differences from control."""
 
-from studies import comparison, page
-from studies.arms import common_seeds, compare_cells, is_number, mismatches, point_text, value_text
+from functools import partial
+
+from studies import comparison, delay, options, page
+from studies.arms import common_seeds
+from studies.texts import listed, p_text, point_text, signed, value_text, with_interval
+from studies.verdicts import MOST, names
 
 
-def differences(pairs, comparisons):
-    """A table of the Comparisons of (cell, control) pairs."""
-    head = ["arm", "control", "difference", "95 % interval", "p", "p (Holm)", "seeds", "verdict"]
+def short_commit(commit):
+    """A commit with twelve of its digits, and '+changes' where there were some."""
+    digits, plus, changes = str(commit).partition("+")
+    return digits[:12] + plus + changes
+
+
+MADE = {  # with what a run was made
+    "commit": lambda run: short_commit(run.facts["git_commit"]),
+    "torch": lambda run: run.facts["versions"]["torch"],
+    "device": lambda run: run.facts["device"],
+    "dtype": lambda run: run.precision,
+}
+
+
+def interval(low, high):
+    """The ends of an interval of differences as text; '–' where there is none."""
+    return "–" if low is None else f"{signed(low)} to {signed(high)}"
+
+
+def differences(results, comparisons):
+    """A table of the Comparisons of results.best_pairs. Columns that would be empty are left out."""
     rows = []
-    for (cell, control), result in zip(pairs, comparisons, strict=True):
-        d = result.difference
-        difference = "–" if d.mean is None else signed(d.mean)
-        interval = "–" if d.low is None else f"{signed(d.low)} to {signed(d.high)}"
-        rows.append(
-            [
-                cell.label,
-                at_its_point(control, cell),
-                difference,
-                interval,
-                p_text(d.p),
-                p_text(result.p_holm),
-                f"{d.n}",
-                result.verdict,
-            ]
-        )
-    return page.Table(head, rows, words=("arm", "control", "verdict"))
+    for (cell, control), result in zip(results.best_pairs, comparisons, strict=True):
+        d, same = result.difference, result.equivalence
+        own, reference = names(results, (cell, control))
+        steps, tokens = delay.delays(results, cell, control) or (None, None)
+        row = {
+            "arm": own,
+            "difference": "–" if d.mean is None else signed(d.mean),
+            "95 % interval": interval(d.low, d.high),
+            "90 % interval": same and interval(same.low, same.high),
+            "margin": same and f"± {same.margin:.4f}",
+            "verdict": result.conclusion,
+            "delay (steps)": steps and with_interval(steps, partial(signed, decimals=0), 0),
+            "delay (% of tokens)": tokens and with_interval(tokens, partial(signed, decimals=1), 1),
+            "p": p_text(d.p),
+            "p (Holm)": p_text(result.p_holm),
+            "seeds": f"{d.n}",
+            f"seeds for ± {comparison.DIFFERENCE:g}": result.seeds_needed and needed_text(result.seeds_needed),
+            "points chosen by the other seeds": _of_others(results, cell, control),
+            "control": reference,
+        }
+        rows.append(row)
+    head = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    return page.Table(head, [[row[name] or "–" for name in head] for row in rows], words=("arm", "control", "verdict"))
 
 
-def verdicts(pairs, comparisons):
-    """A sentence for each (cell, control): the verdict, then the numbers, then a warning if they do not match."""
-    sentences, family = [], sum(result.p_holm is not None for result in comparisons)
-    for (cell, control), result in zip(pairs, comparisons, strict=True):
-        d, reference = result.difference, at_its_point(control, cell)
-        if result.is_significant:
-            text = f"{cell.label} is {result.conclusion} than {reference}"
-        elif d.sd:
-            text = f"{cell.label} and {reference} are {result.conclusion}"
-        else:
-            text = f"{cell.label} against {reference} is {result.conclusion}"
-        if d.mean is not None:
-            numbers = f"{signed(d.mean)} nats per token"
-            if d.sd:
-                p = p_phrase(result.p_holm, family)
-                numbers += f", 95 % interval {signed(d.low)} to {signed(d.high)}, {p}"
-                numbers += f", {d.n} seeds" if result.is_significant else ""  # other conclusions have the number
-            text += f" (difference {numbers})"
-        if result.power_note:
-            text += f"; {result.power_note}"
-        if found := mismatches(cell, control):
-            text += f". Warning: the runs of the two arms do not match: {', '.join(found)}"
-        sentences.append(text + ".")
-    return sentences
+def needed_text(seeds_needed):
+    """The number of seeds that detects a difference, and its range, as text."""
+    needed, least, most = seeds_needed
+    return f"{needed:,} ({least:,} to {most:,})"
 
 
-def headlines(results, comparisons):
-    """The sentences that the report begins with: verdicts for default settings and best points, trends, warnings.
-
-    comparisons: those of results.best_pairs.
-    """
-    pairs = results.configured_pairs
-    sentences = [f"With each arm's default settings, {text}" for text in verdicts(pairs, compare_cells(pairs))]
-    found = verdicts(results.best_pairs, comparisons)
-    if results.tuned_fields:
-        for i, pair in enumerate(results.best_pairs):
-            ours, theirs = (len(results.candidates(cell)) for cell in pair)
-            tried = ours if ours == theirs else f"{ours} and {theirs}"
-            found[i] = f"At each arm's best grid point (of {tried}), chosen by these same losses, {found[i]}"
-    compared = [cell for cell, _ in results.best_pairs]
-    for cell in results.best:
-        if cell.arm != cell.control and cell not in compared:
-            known = any(other.arm == cell.control for other in results.best)
-            why = "has a different objective or no finished run of that size" if known else "has no finished run"
-            found.append(f"{cell.label} is not compared: its control {cell.control} {why}.")
-    return sentences + found + trends(results) + changed_options(results)
+def _of_others(results, cell, control):
+    """The difference with each seed's points chosen by the other seeds, as text; None where that is not known."""
+    unbiased = comparison.difference(*map(results.leave_one_out_losses, (cell, control)))
+    return with_interval(unbiased, signed) if unbiased.n > 1 else None
 
 
-def changed_options(results, most=12):
-    """A warning for each run whose options changed on the way; where there are more than `most`, one with their number.
-
-    The tables describe such a run by its last options, with which only a part of it was made.
-    """
-    changed = [run for _, run in results.runs if run.changes]
-    if len(changed) > most:
-        return [f"Warning: options changed on the way in {len(changed)} runs; runs.csv has them (changed_options)."]
-    return [f"Warning: options changed on the way in {run.folder}: {run.changes_text}." for run in changed]
-
-
-def trends(results):
-    """A sentence for each arm and size field: how the difference between best points changes with the size."""
-    found = []  # (the difference in words, size field, Mean of the slopes, sizes that count, sizes that do not)
-    for name in results.size_fields:
-        groups = {}  # (arm, its control, the other sizes as text) -> size -> seed -> difference
-        for cell, control in results.best_pairs:
-            size = results.size(cell)
-            others = point_text({other: value for other, value in size.items() if other != name})
-            groups.setdefault((cell.arm, control.arm, others), {})[size[name]] = {
-                seed: loss - control.losses[seed] for seed, loss in cell.losses.items() if seed in control.losses
-            }
-        for (arm, control, others), by_size in groups.items():
-            if not all(is_number(size) and size > 0 for size in by_size):
-                continue
-            known = {size: differences for size, differences in by_size.items() if len(differences) > 1}
-            if len(known) < 2 or len(set.intersection(*map(set, known.values()))) < 2:
-                continue
-            which = f"{arm} − {control} (with {others})" if others else f"{arm} − {control}"
-            left_out = [size for size in by_size if size not in known]
-            found.append((which, name, comparison.slope(known), list(known), left_out))
-    adjusted = comparison.holm([change.p for _, _, change, _, _ in found])
-    sentences = []
-    for (which, name, change, sizes, left_out), p in zip(found, adjusted, strict=True):
-        if p < 1 - comparison.CONFIDENCE and change.sd > 0:
-            text = f"The difference {which} {'rises' if change.mean > 0 else 'falls'} with {name}"
-        else:
-            text = f"The difference {which} shows no significant trend with {name}"
-        text += (
-            f" ({signed(change.mean)} per doubling, 95 % interval {signed(change.low)} to {signed(change.high)}, "
-            f"{p_phrase(p, len(found))}, {change.n} seeds, {len(sizes)} sizes"
-        )
-        if left_out:
-            text += f"; {name} {', '.join(map(value_text, left_out))} left out, with too few seeds"
-        if results.tuned_fields:
-            text += "; between points chosen by these same losses"
-        sentences.append(text + ").")
-    return sentences
-
-
-def reading_notes(pairs, comparisons):
+def reading_notes(results, comparisons):
     """How to read the differences: their definition, the noise over seeds, Holm's correction, the seeds needed."""
+    pairs = results.best_pairs
     notes = [
         "A difference is arm − control in final validation loss, in nats per token, paired by seed; below zero the arm "
         "is better. Intervals and p-values are Student's t over seeds, two-sided."
@@ -137,12 +80,25 @@ def reading_notes(pairs, comparisons):
     if spreads:
         notes.append(f"Standard deviation over seeds of a control's losses (the noise floor): {', '.join(spreads)}.")
     paired = [
-        f"{result.difference.sd:.4f} for {cell.label}"
-        for (cell, _), result in zip(pairs, comparisons, strict=True)
+        f"{result.difference.sd:.4f} for {names(results, pair)[0]}"
+        for pair, result in zip(pairs, comparisons, strict=True)
         if result.difference.sd is not None
     ]
-    if paired:
+    if 0 < len(paired) <= MOST:
         notes.append(f"Standard deviation over seeds of the paired differences: {', '.join(paired)}.")
+    if any(delay.delays(results, *pair) for pair in pairs):
+        notes.append(delay.definition(results))
+    if results.equal_within:
+        notes.append(
+            f"Two arms are equal within {100 * results.equal_within:g} % where the 90 % interval of their difference "
+            "lies within that part of the control's loss, a margin that was fixed in the study's file (two one-sided "
+            "t-tests at 5 %, with Holm's correction where there are several)."
+        )
+    if any(_of_others(results, *pair) for pair in pairs):
+        notes.append(
+            "Points chosen by the other seeds: the difference where each seed's points are those that are best for the "
+            "other seeds alone, so that its losses had no part in the choice."
+        )
     if any(result.difference.n == 1 for result in comparisons):
         notes.append("One seed gives neither an interval nor a p-value: the difference may be due to chance.")
     family = sum(result.p_holm is not None for result in comparisons)
@@ -151,23 +107,23 @@ def reading_notes(pairs, comparisons):
             f"There are {family} comparisons. The verdicts use p (Holm), which keeps the probability of any false "
             "positive among them at 5 %; the intervals are not corrected."
         )
-    if any(result.power_note for result in comparisons):
+    if any(result.seeds_needed for result in comparisons):
         level = f" divided by the {family} comparisons" if family > 1 else ""
         notes.append(
-            f"The number of seeds needed is that with which a paired t-test at 5 %{level} detects a difference of "
-            f"{comparison.DIFFERENCE:g} with probability {100 * comparison.POWER:.0f} %, given the standard deviation "
-            "over seeds of these differences; in brackets, given the ends of the 95 % interval of that."
+            f"The number of seeds for ± {comparison.DIFFERENCE:g} is that with which a paired t-test at 5 %{level} "
+            f"detects a difference of {comparison.DIFFERENCE:g} with probability {100 * comparison.POWER:.0f} %, given "
+            "the standard deviation over seeds of these differences; in brackets, given the ends of its 95 % interval."
         )
     return notes
 
 
 def tuning_notes(results):
-    """Each arm's best point, whether it is at the edge of the grid, and the bias of choosing it by these losses."""
-    notes = []
+    """Which best points are at the edge of the grid, or provisional, and the bias of choosing them by these losses."""
+    groups = {}  # (point, what is to be said of it) -> arms
     for cell in results.best:
         points, candidates = results.points(cell), results.candidates(cell)
-        text = f"{cell.arm} is best at {point_text(cell.point)}"
-        missing = sum(not point.runs and not point.n_diverged for point in points)
+        text = ""
+        missing = sum(not point.choosing_losses and not point.n_diverged for point in points)
         diverged = sum(point.n_diverged > 0 for point in points)
         if diverged:
             text += f"; excluded, since a run diverged: {diverged} of {len(points)} points"
@@ -178,52 +134,48 @@ def tuning_notes(results):
                 f". Warning: {' and '.join(edge)} {'is' if len(edge) == 1 else 'are'} at the edge of the grid there, "
                 "so the optimum may lie outside: extend the grid"
             )
-        if len(common := common_seeds(candidates)) < max(len(point.runs) for point in candidates):
+        if len(common := common_seeds(candidates)) < max(len(point.choosing_losses) for point in candidates):
             seeds = ", ".join(str(seed) for seed, _ in common)
             if common:
                 text += f". Chosen by the seeds that all points have: {seeds}"
             else:
                 text += ". Chosen by each point's mean over its own seeds, since no seed is at all points"
-        notes.append(text + ".")
-    notes.append(
-        "Comparing each arm at its best point is fair, but the best points were chosen by the same losses that are "
-        "compared: these are biased low, the more so the larger the grid, and the p-values ignore that. Repeat the "
-        "best points with new seeds to confirm a difference."
-    )
-    for cell, control in results.best_pairs:
-        losses, reference = results.leave_one_out_losses(cell), results.leave_one_out_losses(control)
-        unbiased = comparison.difference(losses, reference)
-        if unbiased.n > 1:
-            size = results.size(cell)
-            where = f" at {point_text(size)}" if size else ""
-            notes.append(
-                f"With the points for each seed chosen by the other seeds alone, {cell.arm} − {control.arm}{where} is "
-                f"{with_interval(unbiased, signed)} ({unbiased.n} seeds)."
-            )
+        groups.setdefault((point_text(cell.point), text), []).append(cell.arm)
+    notes = [
+        f"{listed(arms)} {'is' if len(arms) == 1 else 'are'} best at {point}{text}."
+        for (point, text), arms in groups.items()
+    ]
+    if results.tuning_seeds:
+        notes.append(
+            "The best points were chosen by the losses of other seeds than those that are compared, so that the choice "
+            "does not favour any arm. The table below has the losses by which they were chosen."
+        )
+    else:
+        notes.append(
+            "Comparing each arm at its best point is fair, but the best points were chosen by the same losses that are "
+            "compared: these are biased low, the more so the larger the grid, and the p-values ignore that. Repeat the "
+            "best points with new seeds to confirm a difference."
+        )
     return notes
-
-
-def at_its_point(control, cell):
-    """A control's label, without the point where the cell has the same one."""
-    return control.arm if control.point == cell.point else control.label
 
 
 def every_point(results):
     """A table of the whole grid: loss and difference from control at the same point, with Holm's p over the table."""
     pairs = results.point_pairs
-    found = {cell: result for (cell, _), result in zip(pairs, compare_cells(pairs), strict=True)}
+    compared = comparison.compare([(cell.choosing_losses, control.choosing_losses) for cell, control in pairs])
+    found = {cell: result for (cell, _), result in zip(pairs, compared, strict=True)}
     rows = []
     for cell in results.cells:
         result = found.get(cell)
         d = result.difference if result else comparison.Mean(0, None)
-        loss = with_interval(comparison.summarise(cell.losses.values()))
-        if results.tuned_fields and cell in results.best:
+        loss = with_interval(comparison.summarise(cell.choosing_losses.values()))
+        if results.tuned_fields and cell in results.chosen:
             loss += " (best)"
         rows.append(
             [
                 cell.arm,
                 *(value_text(cell.point[name]) for name in results.grid),
-                f"{len(cell.runs)}",
+                f"{len(cell.choosing_losses)}",
                 loss,
                 "–" if d.mean is None else with_interval(d, signed),
                 p_text(result.p_holm if result else None),
@@ -234,7 +186,7 @@ def every_point(results):
 
 
 def setting(results):
-    """Sentences on the data, sizes and software of the runs, with a warning where the software was not the same."""
+    """Sentences on the data, sizes and software of the runs."""
 
     def values(get):  # the different values that a function of a run has
         return list(dict.fromkeys(str(get(run)) for _, run in results.runs))
@@ -245,18 +197,23 @@ def setting(results):
         lambda r: f"n_layer {r.config['n_layer']}, n_embd {r.config['n_embd']}, block_size {r.config['block_size']:,}"
     )
     steps = values(lambda r: f"{r.summary['steps']:,} steps of {r.config['tokens_per_step']:,} tokens")
-    made = {
-        "commit": values(lambda r: r.facts["git_commit"]),
-        "torch": values(lambda r: r.facts["versions"]["torch"]),
-        "device": values(lambda r: r.facts["device"]),
-        "dtype": values(lambda r: r.precision),
-    }
+    made = {name: values(get) for name, get in MADE.items()}
+    dates = sorted({run.date for _, run in results.runs if run.date})
+    when = f" {dates[0]} to {dates[-1]}" if len(dates) > 1 else "".join(f" {date}" for date in dates)
     sentences = [
         f"{len(results.runs)} finished runs on {first.config['dataset']} ({data}): {' or '.join(sizes)}; "
         f"{' or '.join(steps)}. Losses are in nats per token, over the whole validation split at the end of a run.",
-        "Made with " + "; ".join(f"{name} {', '.join(found)}" for name, found in made.items()) + ".",
+        f"Made{when} with " + "; ".join(f"{name} {', '.join(found)}" for name, found in made.items()) + ".",
     ]
-    mixed = [name for name, found in made.items() if len(found) > 1]
+    if found := options.summary(results.best):
+        sentences.append(f"Arms differ in: {found}.")
+    return sentences
+
+
+def cautions(results):
+    """Sentences on what is missing from the results, and a warning where not all were made with the same software."""
+    sentences = []
+    mixed = [name for name, get in MADE.items() if len({str(get(run)) for _, run in results.runs}) > 1]
     diverged = sum(why.startswith("diverged") for _, why in results.unfinished)
     if diverged:
         sentences.append(f"Runs that diverged, and are excluded from all numbers: {diverged}.")
@@ -279,13 +236,16 @@ def run_table(results, most=30):
                 cell.label,
                 f"{run.config['seed']}",
                 f"{run.summary['val_loss']:.4f}" + ("" if error is None else f" ± {error:.4f}"),
-                "–" if run.summary["train_loss"] is None else f"{run.summary['train_loss']:.4f}",
                 "–" if speed is None else f"{speed:,.0f}",
+                run.date or "–",
+                run.changes_text or "–",
             ]
         )
-    head = ["run", "seed", "validation loss", "training loss", "tokens/s"]
+    head = ["run", "seed", "validation loss", "tokens/s", "date", "options changed on the way"]
+    empty = [i for i in (4, 5) if all(row[i] == "–" for row in rows)]
+    head, *rows = [[text for i, text in enumerate(row) if i not in empty] for row in (head, *rows)]
     note = "Here ± is the standard error of one run's loss over validation windows, not the variation over seeds."
-    return [page.Table(head, rows, words=("run",)), page.Paragraph(note)]
+    return [page.Table(head, rows, words=("run", "date", "options changed on the way")), page.Paragraph(note)]
 
 
 def unfinished_runs(results, most=12):
@@ -295,31 +255,3 @@ def unfinished_runs(results, most=12):
         return lines
     states = [why.partition(",")[0] for _, why in results.unfinished]
     return [f"{states.count(state)} {state} (see runs.csv)" for state in dict.fromkeys(states)]
-
-
-def millions(count):
-    """A number of parameters or tokens as in Table 2: 124.4M, 0.780M."""
-    return f"{count / 1e6:.1f}M" if count >= 10e6 else f"{count / 1e6:.3f}M"
-
-
-def signed(value):
-    """A difference in loss with its sign: +0.0804, −0.0012."""
-    return f"{value:+.4f}".replace("-", "−")
-
-
-def with_interval(mean, text="{:.4f}".format):
-    """A comparison.Mean with half of its interval's width: '1.9135 ± 0.0102'; without it for one seed."""
-    return text(mean.mean) + ("" if mean.half_width is None else f" ± {mean.half_width:.4f}")
-
-
-def p_phrase(p, family):
-    """A p-value in a sentence: 'p = 0.031', or 'p (Holm) < 0.0001' where there are several comparisons (family)."""
-    text = p_text(p)
-    return f"{'p (Holm)' if family > 1 else 'p'} {text if '<' in text else f'= {text}'}"
-
-
-def p_text(p):
-    """A p-value with two digits, more of them near 5 %; '–' for None."""
-    if p is None:
-        return "–"
-    return "< 0.0001" if p < 1e-4 else f"{p:.4f}" if 0.045 < p < 0.055 else f"{p:.2g}"

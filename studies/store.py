@@ -16,7 +16,7 @@ import configurator
 from engine import locks, run_files
 from engine.files import make_folder, read_json, write_json
 from engine.signals import StopSignal
-from studies.runs import COUNT, LIST, OBJECT, TEXT, check
+from studies.runs import COUNT, LIST, OBJECT, OPTIONAL_NUMBER, TEXT, check
 from train_config import TrainConfig
 
 FORMAT = 1
@@ -56,6 +56,10 @@ def _check_study(path, content):
         }
 
     check(path, content, {"name": TEXT, "command": TEXT, "seeds": LIST, "grid": OBJECT, "arms": LIST})
+    later = {"tuning_seeds": [], "equal_within": None, "about": None}  # which came later than the others
+    is_list = (lambda value: isinstance(value, list), "a list")
+    optional = (lambda value: value is None or is_list[0](value), "a list or null")
+    check(path, later | content, {"tuning_seeds": is_list, "equal_within": OPTIONAL_NUMBER, "about": optional})
     grid = content["grid"]
     for seed in content["seeds"]:
         check(path, {"seeds": seed}, {"seeds": COUNT})
@@ -73,7 +77,8 @@ def _check_study(path, content):
 def write_study(folder, content):
     """Write study.json; seeds that an earlier call on the same folder had stay in it, and in its command.
 
-    Raises ValueError when the folder holds a different study: one with which it has no arm and point in common.
+    Raises ValueError when the folder holds a different study: one with which it has no arm and point in common, or one
+    with other tuning_seeds or another equal_within, which must be fixed before there are results.
     """
     make_folder(folder)
     lock = locks.acquire(Path(folder) / "study.lock", wait=True)
@@ -83,6 +88,13 @@ def write_study(folder, content):
             raise ValueError(
                 f"{folder} already contains a different study ({earlier['command']}): choose another --out_dir=…"
             )
+        for name in ("tuning_seeds", "equal_within"):
+            before, now = earlier.get(name, content[name]), content[name]
+            if before != now:
+                raise ValueError(
+                    f"{folder} was begun with {name}={before}, which is fixed before there are results, and its "
+                    f"file has {now} now: set it back, or choose another --out_dir=…"
+                )
         seeds = sorted({*earlier["seeds"], *content["seeds"]})
         command = content["command"]
         if set(seeds) != set(content["seeds"]):

@@ -28,6 +28,9 @@ class Study:
     grid: dict | Callable = field(default_factory=dict)  # field -> list of values; or a function, see points
     settings: str = ""  # arguments of train.py for all arms, after each arm's own
     seeds: tuple[int, ...] = (1, 2, 3)  # of the weights and of the data order
+    tuning_seeds: tuple[int, ...] = ()  # of these the seeds with which each arm's best point is chosen, and no more
+    equal_within: float | None = None  # the fraction of the control's loss within which two arms count as equal
+    about: tuple[str, ...] = ()  # the options in which arms are meant to differ; none: all in which these ones do
     where: dict = field(default_factory=dict, init=False)  # field -> "FILE, line n", for error messages
 
     def arguments(self, arm, size):
@@ -148,6 +151,12 @@ def read_file(path):
     require(isinstance(study.settings, str), "settings", "a text of arguments")
     where = study.where["seeds"]
     study.seeds = check_seeds(configurator.coerce("seeds", study.seeds, tuple[int, ...], where), where)
+    for name, kind in (("tuning_seeds", tuple[int, ...]), ("equal_within", float | None), ("about", tuple[str, ...])):
+        setattr(study, name, configurator.coerce(name, getattr(study, name), kind, study.where[name]))
+    require(set(study.tuning_seeds) < {*study.seeds}, "tuning_seeds", f"some of the seeds {study.seeds}, and not all")
+    require(study.equal_within is None or study.equal_within > 0, "equal_within", "a fraction such as 0.005")
+    for name in study.about:
+        configurator.known(name, configurator.field_types(TrainConfig), study.where["about"])
     return study
 
 

@@ -1,10 +1,10 @@
-"""The paper's Table 2 with the runs at hand: their arms, and the paper's numbers beside those of its setting."""
+"""The table of arms: the losses and options of each, and the paper's Table 2 beside those of its setting."""
 
 import dataclasses
 
 from model import GPTConfig
-from studies import comparison, page
-from studies.sections import millions, with_interval
+from studies import comparison, options, page
+from studies.texts import millions, point_text, value_text, with_interval
 from train_config import TrainConfig
 
 # The paper's Table 2 (arXiv 2510.23912), weight decay as in its Section 5.2.2; one run per column, on OpenWebText.
@@ -48,44 +48,57 @@ def decays(config, over_the_run=False):
     return " / ".join(form.format(value) for value in (values if len(set(values)) > 1 else values[:1]))
 
 
+def scales(config):
+    """The attention scale of each kind of layer as text: '0.5/√32'; with attn_logit_std, the scale that it sets."""
+    cfg = TrainConfig(**{f.name: config[f.name] for f in dataclasses.fields(TrainConfig)})
+    found = dict.fromkeys(value_text(cfg.attn_scale_in(layer), 3) for layer in range(cfg.n_layer))
+    return f"{', then '.join(found)}/√{cfg.d_k}"
+
+
 def table_2(cells):
-    """The paper's Table 2 with a row for each cell, and the paper's numbers beside those that have its setting."""
-    head = [
-        "arm",
-        "trainable",
-        "scale",
-        "weight decay",
-        "decay over the run",
-        "parameters",
-        "attn + MLP",
-        "tokens",
-        "seeds",
-        "validation loss (mean ± 95 %)" if any(len(cell.runs) > 1 for cell in cells) else "validation loss",
-    ]
+    """A row for each cell, with the paper's numbers beside those that have its setting.
+
+    The loss comes first, so that a narrow screen shows it. Columns that are empty for all cells are left out.
+    """
+    several = any(len(cell.runs) > 1 for cell in cells)
     rows = []
-    for cell in cells:
+    for cell, own in zip(cells, options.option_texts(cells), strict=True):
         config, parameters = cell.example.config, cell.example.facts["parameters"]
-        trained = [matrix for matrix in "QKVO" if not config.get(f"w{matrix.lower()}_identity")]
-        rows.append(
-            [
-                cell.label,
-                " ".join(f"W_{matrix}" for matrix in trained),
-                f"{config['attn_scale']:g}/√{config['n_embd'] // config['n_head']}",
-                decays(config),
-                decays(config, over_the_run=True),
-                millions(parameters["total"]),
-                millions(parameters["attn_mlp"]),
-                millions(cell.example.summary["tokens"]),
-                f"{len(cell.runs)}",
-                with_interval(comparison.summarise(cell.losses.values())),
-            ]
-        )
+        bits = [run.summary.get("bits_per_byte") for run in cell.runs.values()]
+        point = {name: value for name, value in cell.point.items() if name != "learning_rate"}  # it has a column
+        dates = sorted({run.date for run in cell.runs.values() if run.date})
+        row = {
+            "arm": f"{cell.arm} ({point_text(point)})" if point else cell.arm,
+            f"validation loss{' (mean ± 95 %)' * several}": with_interval(comparison.summarise(cell.losses.values())),
+            "bits per byte": "–" if None in bits else f"{sum(bits) / len(bits):.4f}",
+            "seeds": f"{len(cell.runs)}",
+            "learning rate": value_text(config["learning_rate"]),
+            "decay over the run": decays(config, over_the_run=True),
+            "weight decay": decays(config),
+            "scale": scales(config),
+            "parameters": millions(parameters["total"]),
+            "attn + MLP": millions(parameters["attn_mlp"]),
+            "tokens": millions(cell.example.summary["tokens"]),
+            "date": " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else "–",
+            "options": own,
+        }
+        rows.append(row)
     columns = [paper_column(cell.example.config) for cell in cells]
     if any(column and not differs for column, differs in columns):
-        head += ["paper: parameters", "paper: attn + MLP", "paper: loss"]
         for row, (column, differs) in zip(rows, columns, strict=True):
-            row += PAPER[column] if column and not differs else ["–"] * 3
-    return page.Table(head, rows, words=("arm", "trainable"))
+            numbers = PAPER[column] if column and not differs else ["–"] * 3
+            row |= dict(zip(("paper: parameters", "paper: attn + MLP", "paper: loss"), numbers, strict=True))
+    head = [name for name in rows[0] if any(row[name] != "–" for row in rows)]
+    return page.Table(head, [[row[name] for name in head] for row in rows], words=("arm", "options"))
+
+
+def reading(table):
+    """What the columns of table_2 are, as a sentence."""
+    text = "Decay over the run is the weight decay times the sum of the learning rates of all steps: by decay alone "
+    text += "weights shrink to exp(−it)."
+    if "options" in table.head:
+        text = f"Options are those in which the arms differ, where they are not the defaults of train.py. {text}"
+    return text
 
 
 def paper_note(cells):

@@ -97,7 +97,7 @@ def verdict(*differences, family=1):
 def test_verdicts_in_words():
     assert verdict(0.1, 0.11, 0.09) == "worse"
     assert verdict(-0.1, -0.11, -0.09) == "better"
-    assert verdict(0.1) == "inconclusive: only one seed"
+    assert verdict(0.1) == "inconclusive: one seed"
     assert verdict() == "inconclusive: no finished seed in common"
     assert verdict(0.0, 0.0) == "identical in each of 2 seeds"
     assert verdict(0.25, 0.25) == "inconclusive: the same difference in each of 2 seeds"
@@ -106,11 +106,12 @@ def test_verdicts_in_words():
     ends = sd * np.sqrt(2 / stats.chi2.ppf([0.975, 0.025], 2))  # the interval of a standard deviation
     needed, least, most = (comparison.seeds_needed(value) for value in (sd, *ends))
     expected = f"detecting a difference of 0.01 needs about {needed} seeds ({least} to {most})"
-    assert verdict(*d) == f"not distinguishable with 3 seeds; {expected}"
+    assert verdict(*d) == f"3 seeds are not enough to call it; {expected}"
     assert verdict(0.002, -0.001, 0.002) == (
-        "not distinguishable with 3 seeds; detecting a difference of 0.01 needs 3 to 12 seeds"
+        "3 seeds are not enough to call it; detecting a difference of 0.01 needs 3 to 12 seeds"
     )
-    assert verdict(1e-4, -1e-4, 1e-4) == "not distinguishable with 3 seeds; enough seeds to detect a difference of 0.01"
+    unseen = "no difference is seen with 3 seeds; enough seeds to detect a difference of 0.01"
+    assert verdict(1e-4, -1e-4, 1e-4) == unseen
     assert verdict(0.02, 0.03, 0.025, family=1) == "worse"
     assert "after Holm's correction; detecting" in verdict(0.02, 0.03, 0.025, family=20)
 
@@ -135,3 +136,36 @@ def test_the_slope_is_that_of_the_differences_of_each_seed():
     assert found.n == 4
     assert found.mean == pytest.approx(np.mean(slopes))
     assert found.p == pytest.approx(stats.ttest_1samp(slopes, 0).pvalue)
+
+
+@pytest.mark.parametrize("shift", [-0.03, 0.0, 0.012, 0.019, 0.021, 0.03])
+def test_arms_are_equal_where_the_90_percent_interval_is_within_the_margin(shift):
+    generator = np.random.default_rng(int(1e3 * abs(shift)))
+    control = dict(enumerate(generator.normal(2.0, 0.05, 6)))
+    arm = {seed: loss + shift + generator.normal(0, 0.004) for seed, loss in control.items()}
+    d = np.array([arm[seed] - control[seed] for seed in control])
+    margin = 0.01 * np.mean(list(control.values()))
+    (found,) = comparison.compare([(arm, control)], equal_within=0.01)
+    same = found.equivalence
+    assert same.margin == pytest.approx(margin)
+    assert (same.low, same.high) == pytest.approx(stats.t.interval(0.9, 5, d.mean(), stats.sem(d)))
+    assert found.is_equal == (-margin < same.low and same.high < margin)
+    one_sided = [
+        stats.ttest_1samp(d, -margin, alternative="greater").pvalue,
+        stats.ttest_1samp(d, margin, alternative="less").pvalue,
+    ]
+    assert same.p == pytest.approx(max(one_sided))
+    beside = comparison.compare([(arm, control)] * 4, equal_within=0.01)
+    assert [each.equivalence.p_holm for each in beside] == comparison.holm([same.p] * 4)
+    (unfixed,) = comparison.compare([(arm, control)])
+    assert unfixed.equivalence is None and not unfixed.is_equal
+
+
+def test_equal_is_a_verdict_only_within_a_margin_that_was_fixed():
+    control = dict.fromkeys(range(4), 2.0)
+    arm = dict(zip(control, (2.001, 1.999, 2.002, 2.0), strict=True))
+    assert comparison.compare([(arm, control)], 0.005)[0].verdict == "equal within 0.5 %"
+    assert comparison.compare([(arm, control)])[0].verdict.startswith("4 seeds are not enough to call it")
+    arm = dict(zip(control, (2.004, 2.005, 2.006, 2.005), strict=True))
+    assert comparison.compare([(arm, control)], 0.005)[0].verdict == "worse, but equal within 0.5 %"
+    assert comparison.compare([({1: 2.0}, control)], 0.005)[0].verdict == "inconclusive: one seed"

@@ -45,7 +45,8 @@ def test_markdown_and_html_show_a_text_as_it_is(text):
         (page.Table([text], [[text]]), ["table", "thead", "tr", "th", "tbody", "tr", "td"]),
     ):
         found = [Shown(html) for html in (MARKDOWN.render(part.markdown()), part.html("."))]
-        assert [each.tags for each in found] == [tags, tags], part.markdown()
+        own, other = ([tag for tag in each.tags if tag != "div"] for each in found)  # a table scrolls within a box
+        assert own == other == tags, part.markdown()
         times = max(1, tags.count("tr"))
         assert ["".join(each.data).split() for each in found] == [(shown + "\n").split() * times] * 2, part.markdown()
 

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import datetime
 import json
 import re
 from html.parser import HTMLParser
@@ -17,7 +18,7 @@ from scipy import stats
 import report
 import train
 from engine.flops import cost
-from studies import arms, figures, page
+from studies import arms, figures, page, point_figures
 
 
 def cells(text):
@@ -83,14 +84,17 @@ def test_the_numbers_are_those_of_the_run_folders(study):
         )
         assert row["difference"] == f"{d.mean():+.4f}".replace("-", "−")
         assert row["95 % interval"] == f"{low:+.4f} to {high:+.4f}".replace("-", "−")
-        assert row["verdict"] == rows[row["arm"]]["verdict"]
+        assert row["verdict"] == rows[row["arm"]]["verdict"].partition(";")[0]
     assert rows["reduced"]["verdict"] == "worse"
-    assert rows["narrow"]["verdict"].startswith("not distinguishable with 4 seeds")
+    assert rows["narrow"]["verdict"].startswith("4 seeds are not enough to call it; ")
     assert f"(the noise floor): {control.std(ddof=1):.4f} for base." in text
     runs = {(row["arm"], row["seed"]): row for row in read_csv(study / "report/runs.csv")}
     assert len(runs) == 12
-    assert float(runs["reduced", "2"]["val_loss"]) == summaries(study, "reduced")[1]
+    assert float(runs["reduced", "2"]["val_loss"]) == pytest.approx(summaries(study, "reduced")[1], rel=1e-7)
     assert float(runs["base", "1"]["training_flops"]) == 40 * 128 * cost(train.TrainConfig(**TINY)).training_flops
+    for path in (study / "report/runs.csv", study / "report/comparison.csv"):
+        numbers = re.findall(r"(?<![\w.])-?[0-9.]+(?:e-?\d+)?(?![\w.])", path.read_text())
+        assert max(len(number.strip("-0.").partition("e")[0]) for number in numbers if "." in number) <= 9
 
 
 class Texts(HTMLParser):
@@ -153,14 +157,14 @@ def test_curves_are_means_over_the_seeds_against_tokens(study, monkeypatch, tmp_
         assert losses == pytest.approx(summaries(study, arm).mean() + np.array([2, 1, 0]))
 
 
-def test_relative_differences_are_paired(study):
+def test_differences_are_paired(study):
     results = arms.load([study])
     cell, control = results.best_pairs[0]
     del cell.runs[2, 2]
-    tokens, relative = figures.relative_difference(cell, control)
+    tokens, values = figures.difference(cell, control)
     a, b = (np.delete(summaries(study, arm), 1)[:, None] + [2, 1, 0] for arm in ("reduced", "base"))
     assert tokens.tolist() == [0, 20 * 128, 40 * 128]
-    assert relative == pytest.approx((a - b) / b)
+    assert values == pytest.approx(a - b)
 
 
 @pytest.fixture(scope="module")
@@ -207,16 +211,17 @@ def test_the_grid_is_reported_point_by_point_with_its_optima(grids, tmp_path):
     by_point = {(row["arm"], row["weight_decay"]): row for row in points}
     assert by_point["reduced", "0"]["difference at this point (± 95 %)"] == "+0.1500 ± 0.0000"
     assert by_point["base", "0"]["validation loss (± 95 %)"].endswith("(best)")
-    assert len(headlines) == 1
-    assert headlines[0].startswith("At each arm's best grid point (of 3), chosen by these same losses, reduced")
+    assert headlines[0].startswith("At each arm's best weight decay, reduced")
+    best = "weight_decay 0 for base; weight_decay 0.1 for reduced"
+    assert headlines[1:] == [f"Best of 3 points, chosen by these same losses: {best}."]
     kinds = [row["compared"] for row in read_csv(folder / "comparison.csv")]
     assert kinds == ["best", "points chosen by the other seeds"] + 3 * ["same point"]
 
 
 def test_one_seed_gets_no_interval(grids):
     folder, table, verdicts = report.write_report(report.ReportConfig(runs=(str(grids["seed"]),)))
-    assert [row[-1] for row in table.rows] == ["2.0000", "2.0000"]
-    assert verdicts == ["reduced against base is inconclusive: only one seed (difference +0.0000 nats per token)."]
+    assert [row[1] for row in table.rows] == ["2.0000", "2.0000"]
+    assert verdicts == ["Inconclusive: one seed. reduced is as good as base."]
     assert "±" not in table.markdown()
     assert read_csv(folder / "comparison.csv")[0]["p"] == ""
 
@@ -231,7 +236,7 @@ def test_a_heat_map_shows_the_means_on_one_scale(grids, tmp_path, monkeypatch):
         return imshow(self, table, **style)
 
     monkeypatch.setattr(Axes, "imshow", record)
-    assert figures.heat_maps(arms.load([grids["two"]]), tmp_path / "map.png")
+    assert point_figures.heat_maps(arms.load([grids["two"]]), tmp_path / "map.png")
     (base, *scale), (reduced, *same_scale) = images
     assert scale == same_scale
     assert base == pytest.approx(2.02 + np.array([[0.0], [0.01], [0.1]]) + np.array([0.1, 0, 0.1]))
@@ -286,10 +291,12 @@ def test_runs_of_the_trainer_are_reported(runs, command):
         assert row["validation loss"] == f"{summary['val_loss']:.4f}"
         assert row["tokens"] == "0.005M"
     a, b = cells(table)
-    assert (a["trainable"], a["scale"], a["weight decay"]) == ("W_K W_V W_O", "0.5/√8", "0.03125")
-    assert (b["trainable"], b["scale"], b["weight decay"]) == ("W_Q W_K W_V W_O", "1/√8", "0.1")
+    own = "wq_identity, attn_scale 0.5, weight_decay 0.03125"
+    assert (a["options"], a["scale"], a["weight decay"]) == (own, "0.5/√8", "0.03125")
+    assert (b["options"], b["scale"], b["weight decay"]) == ("–", "1/√8", "0.1")
+    assert a["date"] == b["date"] == datetime.date.today().isoformat()
     assert float(b["attn + MLP"][:-1]) - float(a["attn + MLP"][:-1]) == pytest.approx(2 * 16 * 16 / 1e6, abs=1e-3)
-    assert "- a against b is inconclusive: only one seed (difference " in out
+    assert "- Inconclusive: one seed. a is 0." in out
 
 
 def test_a_run_of_one_window_and_no_step_has_no_error_and_no_speed(tiny, command):
@@ -297,7 +304,7 @@ def test_a_run_of_one_window_and_no_step_has_no_error_and_no_speed(tiny, command
     assert command(report.main, "short")[0] == 0
     _, runs = tables(Path("out/report/report.md").read_text())
     assert float(runs[0]["validation loss"]) > 0
-    assert (runs[0]["training loss"], runs[0]["tokens/s"]) == ("–", "–")
+    assert runs[0]["tokens/s"] == "–"
 
 
 @pytest.mark.filterwarnings("error::UserWarning")  # of matplotlib, about names that it cannot show
@@ -320,8 +327,8 @@ def test_names_that_markdown_and_matplotlib_would_interpret_are_only_names(tmp_p
         parser = Texts()
         parser.feed(html)
         assert {*shown} <= {*parser.texts}
-        assert len(parser.references) == len(list(Path("out/report").glob("*.png"))) == 2 + 4
-    assert len({*re.findall(r"\]\((.+?\.png)\)", markdown)}) == 6
+        assert len(parser.references) == len(list(Path("out/report").glob("*.png"))) == 3 + 4
+    assert len({*re.findall(r"\]\((.+?\.png)\)", markdown)}) == 7
     assert [row["arm"] for row in read_csv("out/report/runs.csv")][::2] == shown
 
 

@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 from run_folders import REDUCED, write_run, write_study
 
-from studies import arms, sections
+from studies import arms, sections, verdicts
 
 
 def test_runs_on_different_devices_get_a_warning(tmp_path):
     results = arms.load([write_run(tmp_path / "a", 1, 2.0), write_run(tmp_path / "b", 1, 2.0, **REDUCED)])
     results.cells[1].example.facts["device"] = "another"
-    assert any(text.startswith("Warning: not all runs have the same device") for text in sections.setting(results))
+    assert any(text.startswith("Warning: not all runs have the same device") for text in sections.cautions(results))
 
 
 def sentences(folder):
     """The headlines, and the notes on tuning, of a study folder."""
     results = arms.load([folder])
     comparisons = arms.compare_cells(results.best_pairs)
-    return sections.headlines(results, comparisons), sections.tuning_notes(results)
+    return verdicts.headlines(results, comparisons), sections.tuning_notes(results)
 
 
 def test_an_unfinished_grid_is_provisional_and_has_no_edge(tmp_path):
@@ -35,7 +35,7 @@ def test_an_unfinished_grid_is_provisional_and_has_no_edge(tmp_path):
         Path(folder, f"{arm},learning_rate=0.001/seed3/summary.json").unlink()
     _, notes = sentences(folder)
     assert notes[0].startswith(
-        "a is best at learning_rate 0.002; provisional, since 1 of 3 points have no finished run"
+        "a and b are best at learning_rate 0.002; provisional, since 1 of 3 points have no finished run"
     )
     assert "Chosen by the seeds that all points have: 1, 2." in notes[0]
     assert not any("edge" in note for note in notes)
@@ -64,13 +64,10 @@ def test_default_settings_are_compared_as_well_as_best_points(tmp_path):
     for entry in content["arms"]:
         entry["configured"] = {"attn_scale": {"a": 1.0, "b": 0.5}[entry["arm"]]}
     (folder / "study.json").write_text(json.dumps(content))
-    (own, best), _ = sentences(folder)
-    assert own.startswith(
-        "With each arm's default settings, b (attn_scale 0.5) is worse than a (attn_scale 1) (difference +0.1"
-    )
-    assert best.startswith(
-        "At each arm's best grid point (of 2), chosen by these same losses, b (attn_scale 1) is better than a"
-    )
+    (best, chosen, own), _ = sentences(folder)
+    assert own.startswith("With each arm's default settings, b (attn_scale 0.5) is worse than a (attn_scale 1), by 0.")
+    assert best.startswith("At each arm's best attn_scale, b is better than a, by 0.")
+    assert chosen == "Best of 2 points, chosen by these same losses: attn_scale 1 for a and b."
 
 
 def test_a_difference_that_closes_with_size_is_a_trend(tmp_path):
@@ -96,18 +93,16 @@ def test_a_difference_that_closes_with_size_is_a_trend(tmp_path):
     )
 
 
-def test_runs_that_do_not_match_get_a_warning_after_the_verdict(tmp_path):
+def test_runs_that_do_not_match_get_a_warning(tmp_path):
     folders = [write_run(tmp_path / f"a{seed}", seed, 2 + seed / 10) for seed in (1, 2)]
     folders += [write_run(tmp_path / f"b{seed}", seed, 1.9 + seed / 10, max_iters=80, block_size=8) for seed in (1, 2)]
     results = arms.load(folders)
-    (verdict,) = sections.verdicts(results.best_pairs, arms.compare_cells(results.best_pairs))
-    assert verdict.endswith(
-        ". Warning: the runs of the two arms do not match: 2 × the training tokens, block_size 8 against 16."
-    )
+    (warning,) = verdicts.unfair(results)
+    assert warning == "Warning: b and a do not match: 2 × the training tokens, block_size 8 against 16."
     for run in results.cells[1].runs.values():
         run.facts["dtype"] = "bfloat16"
-    (verdict,) = sections.verdicts(results.best_pairs, arms.compare_cells(results.best_pairs))
-    assert verdict.endswith("bfloat16 against float32.")
+    (warning,) = verdicts.unfair(results)
+    assert warning.endswith("bfloat16 against float32.")
 
 
 @pytest.mark.parametrize(
@@ -122,7 +117,7 @@ def test_diverged_runs_are_counted_apart_from_unfinished_ones(tmp_path):
     (folders[3] / "nonfinite.json").write_text("{}")
     results = arms.load(folders)
     assert [why for _, why in results.unfinished] == ["not finished, step 40 of 40", "diverged, step 40 of 40"]
-    text = " ".join(sections.setting(results))
+    text = " ".join(sections.cautions(results))
     assert "Runs that diverged, and are excluded from all numbers: 1." in text
     assert "Runs that are not finished: 1." in text
 
@@ -144,15 +139,13 @@ def test_verdicts_come_before_their_numbers(tmp_path):
     fields = {arm: {"beta1": 0.5 + i / 100} for i, arm in enumerate(shift)}
     folder = write_study(tmp_path / "s", fields, lambda arm, seed: 2 + shift[arm][seed - 1])
     clear, unclear, same = sentences(folder)[0]
-    assert re.fullmatch(
-        r"clear is worse than a \(difference \+0\.1033 nats per token, 95 % interval \+0.0890 to \+0.1177, "
-        r"p \(Holm\) = 0.0021, 3 seeds\)\.",
-        clear,
+    assert clear == (
+        "clear is worse than a, by 0.1033 nats per token (95 % CI +0.0890 to +0.1177, p (Holm) = 0.0021, 3 seeds), a "
+        "delay of 2.8 ± 0.4 steps, 7.4 ± 1.1 % of the tokens."
     )
-    assert unclear.startswith("not and a are not distinguishable with 3 seeds (difference +0.0067 nats per token, 95 %")
+    assert unclear.startswith("not is 0.0067 nats per token worse than a, a delay of 0.2 ± 1.0 steps, 0.5 ± 2.6 % of")
+    assert "; 3 seeds are not enough to call it (95 % CI −0.03" in unclear
     assert re.search(
         r", p \(Holm\) = [0-9.]+\); detecting a difference of 0\.01 needs about \d+ seeds \(\d+ to [\d,]+\)\.$", unclear
     )
-    assert same == (
-        "same against a is inconclusive: the same difference in each of 3 seeds (difference +0.2500 nats per token)."
-    )
+    assert same == ("same against a is inconclusive: the same difference in each of 3 seeds (+0.2500 nats per token).")

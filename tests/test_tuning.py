@@ -1,0 +1,97 @@
+"""Points of a grid that are chosen with other seeds than those that are reported."""
+
+import json
+
+import numpy as np
+import pytest
+from run_folders import REDUCED, TWO_ARMS, planned, write_study, write_study_files
+
+import report
+from studies import arms, sections, store, verdicts
+
+RATES = [0.001, 0.002, 0.004]
+
+
+def loss(arm, seed, learning_rate):
+    """The tuning seeds 1 and 2 find 0.002 best for a, 0.004 for b; the other seeds would find 0.001."""
+    best = {"a": 0.002, "b": 0.004}[arm] if seed < 3 else 0.001
+    return 2 + abs(learning_rate - best) + (arm == "b") * 0.01 * seed
+
+
+@pytest.fixture
+def study(tmp_path):
+    folder = write_study(tmp_path / "s", {"a": {}, "b": REDUCED}, loss, {"learning_rate": RATES}, seeds=(1, 2, 3, 4, 5))
+    content = json.loads((folder / "study.json").read_text())
+    (folder / "study.json").write_text(json.dumps(content | {"tuning_seeds": [1, 2], "equal_within": 0.05}))
+    return folder
+
+
+def test_the_tuning_seeds_choose_and_the_others_are_reported(study):
+    results = arms.load([study])
+    assert [(cell.arm, cell.point["learning_rate"]) for cell in results.best] == [("a", 0.002), ("b", 0.004)]
+    assert [sorted(cell.runs) for cell in results.best] == [[(3, 3), (4, 4), (5, 5)]] * 2
+    (found,) = arms.compare_cells(results.best_pairs)
+    expected = [loss("b", seed, 0.004) - loss("a", seed, 0.002) for seed in (3, 4, 5)]
+    assert found.difference.mean == pytest.approx(np.mean(expected))
+    assert results.leave_one_out_losses(results.best[0]) == {}
+    text = " ".join(verdicts.headlines(results, [found]))
+    assert (
+        "chosen by the seeds 1 and 2, which are not among those that are reported: learning_rate 0.002 for a;" in text
+    )
+    assert "chosen by the losses of other seeds" in sections.tuning_notes(results)[-1]
+    rows = {(row[0], row[1]): row[2:4] for row in sections.every_point(results).rows}
+    assert rows["a", "0.002"] == ["2", "2.0000 ± 0.0000 (best)"], "the losses by which it was chosen"
+
+
+def test_reported_seeds_are_missed_at_chosen_points_only(study):
+    import shutil
+
+    for rate in RATES:
+        shutil.rmtree(study / f"a,learning_rate={rate}/seed4")
+    results = arms.load([study])
+    assert [(str(folder.relative_to(study)), why) for folder, why in results.unfinished] == [
+        ("a,learning_rate=0.002/seed4", "not started")
+    ]
+    for rate in RATES[::2]:
+        for seed in (3, 5):
+            shutil.rmtree(study / f"a,learning_rate={rate}/seed{seed}")
+    assert len(arms.load([study]).unfinished) == 1
+    assert len(sections.every_point(results).rows) == 6
+    for seed in (3, 5):
+        shutil.rmtree(study / f"a,learning_rate=0.002/seed{seed}")
+    results = arms.load([study])
+    assert [cell.arm for cell in results.best] == ["b"], "nothing of a is to be reported yet"
+    assert report.write_report(report.ReportConfig(runs=(str(study),)))[2][-1] == (
+        "b (learning_rate 0.004) is not compared: its control a has no finished run."
+    )
+
+
+def test_a_study_s_file_fixes_seeds_and_margin_before_there_are_results(tmp_path, monkeypatch, tiny):
+    text = TWO_ARMS + "seeds = [1, 2, 3]\ntuning_seeds = [1]\nequal_within = 0.005\n"
+    _, content = planned(*write_study_files(text))
+    assert (content["tuning_seeds"], content["equal_within"]) == ([1], 0.005)
+    assert content["about"] == ["wq_identity", "attn_scale"], "what its arms differ in"
+    store.write_study("out", content)
+    assert store.read_study("out")["about"] == ["wq_identity", "attn_scale"]
+    _, content = planned(*write_study_files(text.replace("0.005", "0.01") + "about = ['wq_identity']"))
+    assert content["about"] == ["wq_identity"]
+    with pytest.raises(ValueError, match=r"out was begun with equal_within=0.005, .* has 0.01 now: set it back"):
+        store.write_study("out", content)
+    _, content = planned(*write_study_files(text.replace("[1]", "[2]")))
+    with pytest.raises(ValueError, match=r"begun with tuning_seeds=\[1\]"):
+        store.write_study("out", content)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("tuning_seeds = [1, 2, 3]", "tuning_seeds must be some of the seeds"),
+        ("tuning_seeds = [7]", "tuning_seeds must be some of the seeds"),
+        ("equal_within = -1", "equal_within must be a fraction"),
+        ("equal_within = 'x'", "equal_within must be"),
+        ("about = ['wq_identiy']", "did you mean wq_identity"),
+    ],
+)
+def test_mistakes_name_the_file_and_the_line(tiny, line, words):
+    with pytest.raises(ValueError, match=rf"my_study.py, line \d+.*{words}"):
+        planned(*write_study_files(TWO_ARMS + line))
