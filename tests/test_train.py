@@ -213,6 +213,32 @@ def test_a_command_takes_the_vocabulary_of_the_data_unless_one_is_given(tiny, mo
     assert planned == {"dataset": "none"}
 
 
+def test_training_needs_no_optional_library(tiny):
+    """A machine that has torch, numpy and tqdm alone trains, resumes and evaluates bins that were made elsewhere."""
+    cfg = tiny()
+    missing = (
+        "datasets",
+        "wandb",
+        "gigatoken",
+        "tiktoken",
+        "transformers",
+        "matplotlib",
+        "scipy",
+        "pyarrow",
+        "awkward",
+    )
+    values = {**TINY, "dataset": "tiny", "out_dir": "out/run", "max_iters": 3, "warmup_iters": 0}
+    Path("size.py").write_text("\n".join(f"{name} = {value!r}" for name, value in values.items()))
+    lines = [f"import sys; sys.modules.update(dict.fromkeys({missing}))", "import train"]
+    lines += ["train.main(['size.py'])", "train.main(['--out_dir=out/run', '--resume', '--max_iters=5'])"]
+    lines += ["train.main(['--out_dir=out/run', '--eval_only'])"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parent)}
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, cwd=Path(cfg.data_dir).parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("val_loss: ") == 3
+
+
 def test_a_step_of_very_many_micro_batches_is_said(tiny, capsys):
     train.train(tiny(max_iters=1, batch_size=1, tokens_per_step=101 * 16, warmup_iters=0))
     assert "warning: a step of 1,616 tokens is 101 micro-batches of 1 × 16: " in capsys.readouterr().out
