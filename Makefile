@@ -6,6 +6,9 @@
 PYTHON ?= python3
 # Options of the demo's two runs, such as DEMO="--max_iters=100".
 DEMO ?=
+# The size of new attention logits that suits each arm at this width (results/study_scale).
+LOGITS_baseline_tied := 0.2
+LOGITS_reduced_tied := 0.6
 # Options of make architectures, such as ARCHITECTURES="--jobs=1".
 ARCHITECTURES ?=
 
@@ -18,7 +21,8 @@ demo: $(RUNS:%=%/summary.json)
 	$(BIN)/python report.py $(RUNS) --out_dir=out/demo
 
 out/demo/%/summary.json: | data/stdlib/meta.json
-	$(BIN)/python train.py config/quick.py config/$*.py --out_dir=out/demo/$* --resume $(DEMO)
+	$(BIN)/python train.py config/quick.py config/$*.py --out_dir=out/demo/$* --resume \
+		--attn_logit_std=$(LOGITS_$*) $(DEMO)
 
 architectures: | data/stdlib/meta.json
 	$(BIN)/python sweep.py config/study_arch.py config/quick.py --seeds=1337 --out_dir=out/architectures $(ARCHITECTURES)

@@ -52,7 +52,7 @@ class PrepareConfig:
     text_column: str = "text"  # the column or JSON field that holds the text; outer.inner for one in a struct or object
 
     # tokens and split
-    tokenizer: str = "auto"  # gpt2, its first tokens (gpt2:4096), or bytes; auto: bytes for stdlib, else gpt2
+    tokenizer: str = "auto"  # gpt2, gpt2:4096 (its first tokens), bytes, or a tokenizer.json; auto: bytes or gpt2
     val_fraction: float | None = None  # for validation; none: 0.05 for stdlib and files, nanoGPT's 0.0005 for the hub
     seed: int = 2357  # of the split
 
@@ -78,6 +78,8 @@ class PrepareConfig:
         is_local = self.source in ("stdlib", "files")
         if self.tokenizer == "auto":
             self.tokenizer = "bytes" if self.source == "stdlib" else "gpt2"
+        if self.tokenizer.endswith(".json"):
+            self.tokenizer = str(Path(self.tokenizer).expanduser().resolve())  # for sample.py, from any folder
         if self.val_fraction is None:
             self.val_fraction = LOCAL_VAL_FRACTION if is_local else openwebtext.NANOGPT_SPLIT["val_fraction"]
         if not 0 < self.val_fraction < 1:
@@ -238,7 +240,8 @@ def _encode_and_gather(cfg, folder, work, source, files):
         )
     for name, counts in splits.items():
         documents, n_tokens = f"{counts['documents']:,} documents", f"{counts['tokens']:,} tokens"
-        print(f"{folder / name}.bin: {documents}, {n_tokens} of {counts['bytes']:,} bytes, SHA-256 {counts['sha256']}")
+        n_bytes = f" of {counts['bytes']:,} bytes" if "bytes" in counts else ""
+        print(f"{folder / name}.bin: {documents}, {n_tokens}{n_bytes}, SHA-256 {counts['sha256']}")
     return manifest
 
 

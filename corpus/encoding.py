@@ -35,8 +35,9 @@ class DisagreementError(Exception):
 class Encoder:
     """Encodes a Batch: the tokens of its documents, each followed by the end-of-text token. Thread-safe.
 
-    tokenizer: 'gpt2', 'gpt2:N' or 'bytes'. use_gigatoken: use it for gpt2 if it is installed and agrees with tiktoken.
-    `name` is what encodes: 'gigatoken', 'tiktoken' or 'bytes'. Raises ValueError when the vocabulary is missing.
+    tokenizer: a name for `tokenizers.get_tokenizer`. use_gigatoken: use it for gpt2 if it is installed and agrees with
+    tiktoken. `name` is what encodes: 'gigatoken', 'tiktoken', 'tokenizers' or 'bytes'. Raises ValueError when the
+    vocabulary is missing.
     """
 
     def __init__(self, tokenizer, use_gigatoken=True):
@@ -44,8 +45,10 @@ class Encoder:
         self.vocab_size, self.eot = self.tokenizer.n_vocab, self.tokenizer.eot_token
         self.dtype = data.DTYPES[data.dtype_for(self.vocab_size)]
         self.name, self._encode = "bytes", _encode_bytes
-        if tokenizer != "bytes":
-            self.name, self._encode = "tiktoken", self._encode_tiktoken
+        if isinstance(self.tokenizer, tokenizers.FromFile):
+            self.name, self._encode = "tokenizers", self._encode_one_by_one
+        elif tokenizer != "bytes":
+            self.name, self._encode = "tiktoken", self._encode_one_by_one
             if use_gigatoken:
                 self._try_gigatoken()
 
@@ -57,12 +60,12 @@ class Encoder:
         texts = reading.valid_texts(batch)
         ids, offsets = self._encode(texts)
         if batch.check is not None and self.name == "gigatoken":
-            expected, _ = self._encode_tiktoken(texts.slice(batch.check, 1))
+            expected, _ = self._encode_one_by_one(texts.slice(batch.check, 1))
             if not np.array_equal(ids[offsets[batch.check] : offsets[batch.check + 1]], expected):
                 raise DisagreementError(f"{batch.path}, document {batch.first + batch.check:,}")
         return np.insert(ids.astype(self.dtype), offsets[1:], self.eot), np.diff(offsets) + 1
 
-    def _encode_tiktoken(self, texts):
+    def _encode_one_by_one(self, texts):
         # disallowed_special=(): the text <|endoftext|> in a document is ordinary text, as for encode_ordinary.
         documents = [self.tokenizer.encode_to_numpy(text, disallowed_special=()) for text in texts.to_pylist()]
         return np.concatenate(documents), np.cumsum([0, *map(len, documents)])
@@ -86,7 +89,7 @@ class Encoder:
                     raise DisagreementError(f"it failed ({error})") from error
 
             hard = reading.string_array(HARD_TEXTS)
-            if not all(map(np.array_equal, encode(hard), self._encode_tiktoken(hard))):
+            if not all(map(np.array_equal, encode(hard), self._encode_one_by_one(hard))):
                 raise DisagreementError("in the built-in check")
         except ImportError:
             print("gigatoken is not installed: encoding with tiktoken, many times slower (`pip install gigatoken`)")
@@ -97,7 +100,8 @@ class Encoder:
 
     def versions(self):
         """The versions of the libraries that encode."""
-        return {name: metadata.version(name) for name in {self.name, "tiktoken"} - {"bytes"}}
+        names = {"tokenizers"} if self.name == "tokenizers" else {self.name, "tiktoken"} - {"bytes"}
+        return {name: metadata.version(name) for name in names}
 
 
 def _encode_bytes(texts):

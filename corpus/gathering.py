@@ -53,8 +53,9 @@ def gather(path, ends, orders, folder, token_bytes, dtype, progress=lambda n: No
     """Write the documents of a token file in another order: folder/<split>.bin for each of `orders`.
 
     ends: where the documents end in it, (documents,) int64, in tokens. orders: split -> the indices of its documents,
-    in their order; each document is in exactly one. token_bytes: of text, for each token, (n_vocab,). progress: called
-    with the number of bytes read or written, which add up to four times the size of the token file.
+    in their order; each document is in exactly one. token_bytes: of text, for each token, (n_vocab,), or None where
+    that is not known. progress: called with the number of bytes read or written, which add up to four times the size of
+    the token file.
     Returns split -> {tokens, documents, bytes, sha256}. Raises OSError.
 
     No small pieces are read or written at random places: a bin is treated as a sequence of windows that fit into
@@ -97,7 +98,8 @@ def gather(path, ends, orders, folder, token_bytes, dtype, progress=lambda n: No
             if syncing:
                 syncing.result()  # raises what went wrong
             syncing = hasher.submit(sync, bins[window.split].fileno())  # else all is left for the end
-            n_bytes[window.split] += int(token_bytes[tokens].sum(dtype=np.int64))
+            if token_bytes is not None:
+                n_bytes[window.split] += int(token_bytes[tokens].sum(dtype=np.int64))
             hashed.result()
             progress(2 * tokens.nbytes)
         if syncing:
@@ -109,7 +111,7 @@ def gather(path, ends, orders, folder, token_bytes, dtype, progress=lambda n: No
         split: {
             "tokens": int(lengths[order].sum()),
             "documents": len(order),
-            "bytes": n_bytes[split],
+            **({} if token_bytes is None else {"bytes": n_bytes[split]}),
             "sha256": sums[split].hexdigest(),
         }
         for split, order in orders.items()

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -57,8 +58,56 @@ class Characters:
         return "".join(self.characters[number] for number in ids)
 
 
+class FromFile:
+    """The tokenizer of a tokenizer.json (the package tokenizers), with what its callers use of a tiktoken Encoding.
+
+    Its end-of-text is the special token of ENDS that it has. Raises ValueError for a file that is none, or lacks one.
+    """
+
+    ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]")
+
+    def __init__(self, path):
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise ValueError(f"the tokenizer {path} needs the package tokenizers: `pip install tokenizers`") from error
+        try:
+            self._tokenizer = Tokenizer.from_file(str(Path(path).expanduser()))
+        except Exception as error:  # of Rust, without a type of its own
+            raise ValueError(f"{path} cannot be read as a tokenizer.json ({first_line(error)})") from error
+        self.n_vocab = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        ends = [self._tokenizer.token_to_id(text) for text in self.ENDS]
+        if not any(end is not None for end in ends):
+            raise ValueError(f"{path} must have one of the tokens {', '.join(self.ENDS)}, which ends a document")
+        self.eot_token = next(end for end in ends if end is not None)
+        self._tokenizer.encode_special_tokens = True  # the text of a special token is ordinary text
+
+    def encode_ordinary(self, text):
+        """The ids of a text, a list; nothing in it is special."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_to_numpy(self, text, disallowed_special=()):
+        """As encode_ordinary, an array."""
+        return np.array(self.encode_ordinary(text), np.uint32)
+
+    def encode(self, text, allowed_special=()):
+        """As encode_ordinary, but for the token that ends a document where allowed_special='all'."""
+        end = self._tokenizer.id_to_token(self.eot_token)
+        pieces = [self.encode_ordinary(piece) for piece in (text.split(end) if allowed_special == "all" else [text])]
+        return [number for i, piece in enumerate(pieces) for number in ([self.eot_token] * bool(i) + piece)]
+
+    def decode(self, ids):
+        """The text of ids."""
+        return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=False)
+
+
 def token_bytes(tokenizer):
-    """How many bytes of text each token of a tiktoken Encoding stands for, (n_vocab,) uint16; 0 for end-of-text."""
+    """How many bytes of text each token of a tiktoken Encoding stands for, (n_vocab,) uint16; 0 for end-of-text.
+
+    None for other tokenizers, whose tokens need not be pieces of the text.
+    """
+    if not hasattr(tokenizer, "_mergeable_ranks"):
+        return None
     lengths = np.zeros(tokenizer.n_vocab, np.uint16)
     for token, number in tokenizer._mergeable_ranks.items():
         lengths[number] = len(token)
@@ -69,11 +118,13 @@ def get_tokenizer(name, characters=None):
     """The tiktoken Encoding with this name: 'gpt2', or 'bytes' (the 256 bytes and end-of-text, no download).
 
     'gpt2:4096' has the first 4,096 tokens of gpt2 and end-of-text: merges are ranked in the order in which they were
-    learnt, so that any number of them is a tokenizer, too. With 'characters' the Characters of a list, which is in the
-    manifest and the run.json of such data.
+    learnt, so that any number of them is a tokenizer, too. The path of a tokenizer.json gives a FromFile. With
+    'characters' the Characters of a list, which is in the manifest and the run.json of such data.
     Raises ValueError for another name, for characters that are no such list, and when GPT-2's vocabulary is not on this
     machine and cannot be downloaded.
     """
+    if name.endswith(".json"):
+        return FromFile(name)
     if name == "characters":
         if not (isinstance(characters, list) and characters and all(isinstance(each, str) for each in characters)):
             raise ValueError(
@@ -93,7 +144,8 @@ def get_tokenizer(name, characters=None):
     family, colon, size = name.partition(":")
     if family != "gpt2" or (colon and not (size.isascii() and size.isdecimal() and 256 <= int(size) < 50257)):
         raise ValueError(
-            f"the tokenizer must be gpt2, gpt2:N with 256 to 50256 of its tokens, bytes or characters, got {name!r}"
+            f"the tokenizer must be gpt2, gpt2:N with 256 to 50256 of its tokens, bytes, characters or the path of a "
+            f"tokenizer.json, got {name!r}"
         )
     try:
         gpt2 = tiktoken.get_encoding(family)

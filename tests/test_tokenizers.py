@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 import data
 import prepare_owt
+import sample
+import train
 from corpus import tokenizers
 
 CHARACTERS = ["\n", " ", "a", "b", "é", "字"]
@@ -41,7 +43,7 @@ def test_characters_need_their_list(characters):
 
 @pytest.mark.parametrize("name", ["word", "gpt2:", "gpt2:255", "gpt2:50257", "gpt2:١٠٠٠", "gpt2:1e3", "bytes:300"])
 def test_another_name_is_refused(name):
-    with pytest.raises(ValueError, match=f"must be gpt2, gpt2:N with .*, bytes or characters, got '{name}'"):
+    with pytest.raises(ValueError, match=f"must be gpt2, gpt2:N with .*, bytes, characters .*, got '{name}'"):
         tokenizers.get_tokenizer(name)
 
 
@@ -88,3 +90,54 @@ def test_a_preparation_counts_the_bytes_of_its_text(gpt2, name, tmp_path):
     val = manifest["splits"]["val"]
     bits = data.bits_per_byte(math.log(manifest["vocab_size"]), manifest)
     assert bits == pytest.approx(math.log2(manifest["vocab_size"]) * val["tokens"] / val["bytes"])
+
+
+@pytest.fixture
+def tokenizer_file(tmp_path):
+    """A small byte-level BPE of the package tokenizers, trained here."""
+    tokenizers_package = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers_package.Tokenizer(tokenizers_package.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers_package.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers_package.decoders.ByteLevel()
+    trainer = tokenizers_package.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["</s>"], initial_alphabet=tokenizers_package.pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat, and the dog too"] * 50, trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+def test_a_tokenizer_json_prepares_trains_and_samples(tokenizer_file, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = tokenizers.get_tokenizer(str(tokenizer_file))
+    text = "the cat </s> naïve 字"
+    ids = tokenizer.encode_ordinary(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eot_token not in ids
+    assert tokenizer.encode("a</s>b", allowed_special="all").count(tokenizer.eot_token) == 1
+
+    texts = [f"the dog sat on mat {i}, and the cat too\n" * 9 for i in range(40)]
+    for i, content in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(content)
+    prepared = ["--source=files", "--files=*.txt", "--tokenizer=tokenizer.json", "--out_dir=data/mine"]
+    assert command(prepare_owt.main, *prepared, "--val_fraction=0.2")[0] == 0
+    bins = data.load_bins("data", "mine")
+    first = bins.train[: list(bins.train).index(tokenizer.eot_token)]
+    assert tokenizer.decode(first) in texts
+    assert "bytes" not in bins.manifest["splits"]["val"]
+    size = "--n_layer=1 --n_embd=16 --n_head=2 --block_size=16 --tokens_per_step=128 --batch_size=8".split()
+    few = "--dataset=mine --max_iters=2 --warmup_iters=0 --eval_windows=4 --out_dir=out/run".split()
+    assert command(train.main, *size, *few)[0] == 0
+    status, out, error = command(sample.main, "--out_dir=out/run", "--start=the", "--max_new_tokens=5")
+    assert status == 0, error
+    assert "the" in out
+
+
+def test_a_file_that_is_no_tokenizer_is_one_line(tmp_path, tokenizer_file):
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"cannot be read as a tokenizer\.json"):
+        tokenizers.get_tokenizer(str(tmp_path / "other.json"))
+    content = tokenizer_file.read_text().replace("</s>", "<x>")
+    tokenizer_file.write_text(content)
+    with pytest.raises(ValueError, match="must have one of the tokens"):
+        tokenizers.get_tokenizer(str(tokenizer_file))
