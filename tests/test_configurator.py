@@ -21,7 +21,7 @@ from sweep import SweepConfig
 from train import TrainConfig
 
 CONFIG = Path(__file__).resolve().parents[1] / "config"
-OTHER_COMMANDS = ("study_", "basis_transfer")  # whose files train.py does not read
+OTHER_COMMANDS = ("study_", "heal_", "basis_transfer")  # whose files train.py does not read
 RUNS = sorted(path for path in CONFIG.glob("*.py") if not path.name.startswith(OTHER_COMMANDS))
 
 

@@ -18,7 +18,11 @@ from engine.flops import cost
 from model import GPT, GPTConfig
 from train_config import TrainConfig
 
-NOT_FOR_TRAINING = ("basis_transfer", "study_")  # how the names of config files begin that train.py does not read
+NOT_FOR_TRAINING = (
+    "basis_transfer",
+    "heal_",
+    "study_",
+)  # how the names of config files begin that train.py does not read
 VARIANTS = [path.stem for path in sorted(CONFIG.glob("*.py")) if not path.stem.startswith(NOT_FOR_TRAINING)]
 IDENTITIES = [flags for flags in itertools.product((False, True), repeat=3) if not all(flags)]  # of W_Q, W_K and W_V
 # Options that `configs` and the flags below do not vary, because a model costs the same with any value.

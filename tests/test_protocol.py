@@ -61,7 +61,7 @@ CHANGES = {
 }
 CHANGES["quick"] |= {"lr_decay_iters", "learning_rate", "warmup_iters", "eval_interval", "eval_windows", "save_steps"}
 CONFIGS = sorted(path.stem for path in ROOT.glob("config/*.py"))
-OF_TRAIN = [name for name in CONFIGS if not name.startswith(("study_", "basis_transfer"))]
+OF_TRAIN = [name for name in CONFIGS if not name.startswith(("study_", "heal_", "basis_transfer"))]
 
 
 def resolved(*names, schema=TrainConfig):
