@@ -6,7 +6,7 @@
 #         --out=out/heal/fitted/ckpt.pt
 #     python sweep.py config/heal_gpt2.py --learning_rate=1e-4 --max_iters=2000 --warmup_iters=100 --dataset=openwebtext
 #     python report.py out/heal_gpt2
-# The same at toy size, with a model that is trained here in place of GPT-2: results/heal/README.md.
+# The same at toy size, with a model that is trained here in place of GPT-2: results/heal_gpt2/README.md.
 arms = {
     "original": "--init_from=out/heal/original/ckpt.pt",
     "healed": "--init_from=out/heal/fitted/ckpt.pt",
