@@ -23,4 +23,4 @@ seeds = [1, 2, 3, 4, 5]
 
 
 def grid(size):
-    return [dict(learning_rate=size.learning_rate * factor) for factor in (1, 2, 4)]
+    return [dict(learning_rate=size.learning_rate * factor) for factor in (1 / 2, 1, 2)]
