@@ -26,7 +26,7 @@ import configurator
 from configurator import FilePath, require
 from engine import checkpoint, devices, run_files
 from engine.files import read_json, write_json
-from theory import gauge, orthogonal, reparametrize, trained_model, verification
+from theory import gauge, orthogonal, reparametrize, trained_model, verification, weights
 
 N_RANDOM = 8  # sequences of random tokens
 
@@ -89,7 +89,7 @@ def eliminate(cfg):
     elsewhere = target.parent.resolve() != source.parent.resolve()
     if elsewhere and run_files.holds_run(target.parent):
         raise ValueError(f"{target.parent} already contains another run: choose another --out=…, or {source.parent}")
-    model = checkpoint.build_model(state).eval()
+    model = weights.in_older_options(checkpoint.build_model(state).eval())
     original = copy.deepcopy(model).double()
     print(f"rewriting {source}, step {state['step']}")
     ways = {"approximate": rewrite_approximately, "heads": rewrite_heads, "triangular": rewrite_triangular}

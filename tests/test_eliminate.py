@@ -252,6 +252,7 @@ def test_another_attention_in_the_code_is_refused(trained, refuses, monkeypatch,
         (dict(norm="rmsnorm", mlp_skip=True, pos="rope"), ["--heads"], "of W_V are I: 256 parameters are known"),
         (dict(norm="layernorm", mlp_skip=True), ["--triangular", "--layer=1"], "120 of its 256 parameters are 0"),
         (dict(pos="rope"), ["--gauge=balanced"], "W_Q = I by Theorem 4.1"),
+        (dict(wq_identity=True, query_residual="linear"), ["--which=q"], "W_Q = I by Theorem 4.1"),
         (dict(), ["--gauge=orthonormal", "--which=k"], "W_K = I by Theorem 4.1"),
     ],
 )
@@ -269,6 +270,7 @@ def test_what_is_exact_in_models_with_norms(trained, command, changes, arguments
             "--triangular": {"norm": "rmsnorm", "tie_weights": False},
             "--gauge=balanced": {"wq_identity": True},
             "--gauge=orthonormal": {"wk_identity": True},
+            "--which=q": {"query_residual": None},
         }[arguments[0]]
     )
     after = validation_loss(dataclasses.replace(cfg, **options), "out/new/ckpt.pt")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from random_models import ATTENTION_SKIP_ONLY, SMALL, random_model
+from random_models import ATTENTION_SKIP_ONLY, SMALL, difference, random_model
 from test_architectures import configs
 
 from model import GPT, GPTConfig
@@ -108,3 +108,22 @@ def test_a_value_that_is_not_known_is_refused_by_name(option, value):
         message = refusal(function, model)
         assert f"theory/ knows {option}=" in message
         assert f"got {value}" in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(wq_identity=True, query_residual="linear", attn_scale=0.5),
+        dict(wq_identity=True, query_residual="linear", attn_logit_std=0.4, norm="rmsnorm"),
+        dict(attn_logit_std="paper", norm="layernorm"),
+    ],
+    ids=str,
+)
+def test_newer_options_that_are_older_ones_in_other_words(changes):
+    model = random_model(**dict(SMALL, **changes))
+    plain = weights.in_older_options(model)
+    weights.check_known(plain)
+    assert difference(model, plain) < 1e-12
+    for other in (dict(share_kv=True), dict(qk_norm=True), dict(wq_identity=True, query_residual="mlp")):
+        with pytest.raises(ValueError, match="theory/ knows"):
+            weights.check_known(weights.in_older_options(random_model(**dict(SMALL, **other))))

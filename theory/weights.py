@@ -70,6 +70,29 @@ def check_options(config):
             )
 
 
+def in_older_options(model):
+    """A GPT with the same logits in the options that the results cover, where it has such; else the model itself.
+
+    Queries X + X·W_Q are X(I + W_Q), those of a trained query matrix; attn_logit_std is an attn_scale.
+    """
+    config = model.config
+    changes = {}
+    if config.attn_logit_std is not None and config.wq_identity_from == 0:
+        changes |= dict(attn_logit_std=None, attn_scale=config.attn_scale_in(0))
+    if config.query_residual == "linear" and config.wq_identity_from == 0:
+        changes |= dict(query_residual=None, wq_identity=False)
+    if not changes:
+        return model
+    with torch.random.fork_rng(devices=[]):
+        plain = GPT(dataclasses.replace(config, **changes)).to(model.lm_head.weight)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if "query_residual" in changes:
+        for i in range(len(model.transformer.h)):
+            state[f"transformer.h.{i}.attn.c_attn.weight"][: config.n_embd].diagonal().add_(1.0)
+    plain.load_state_dict(state)
+    return plain.train(model.training)
+
+
 def known_shapes(config, n_block):
     """{name: shape} of every parameter of a GPT with n_block blocks, as its state dict has them."""
     d, kv_width, hidden = config.n_embd, config.kv_heads * config.d_k, config.mlp_hidden * max(1, config.n_expert)
