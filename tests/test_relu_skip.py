@@ -104,7 +104,7 @@ def test_theorem_8_3_only_if_signs_and_gains_are_all_there_is_when_kinks_are_dis
         W1, W2, _ = relu_skip.planted_instance(h, min(m, 2 + seed % 3), generator, m)
     else:
         W1, W2 = relu_skip.random_mlp(h, m, generator)
-    assert relu_skip.distinct_kinks(W1, W2)
+    assert relu_skip.distinct_neurons(W1, W2)
     signs = 1.0 - 2.0 * all_masks(m).double()
     gaps = [relu_skip.absorption_gap(points(h), W1, W2, sign.unsqueeze(-1) * W1, W2) for sign in signs]
     assert (min(gaps) < 1e-8) == bool(seed % 2) == (relu_skip.find_subset(W1, W2).subset is not None)
@@ -121,7 +121,7 @@ def test_theorem_8_3_only_if_is_false_with_dead_or_parallel_neurons():
             else:
                 W1[:h] = 2 * W1[h : 2 * h]
             assert torch.linalg.matrix_rank(W1) == torch.linalg.matrix_rank(W2) == h  # as the theorem asks
-            assert not relu_skip.distinct_kinks(W1, W2)
+            assert not relu_skip.distinct_neurons(W1, W2)
             search = relu_skip.find_subset(W1, W2)
             assert search.exhaustive
             assert search.subset is None
@@ -130,6 +130,12 @@ def test_theorem_8_3_only_if_is_false_with_dead_or_parallel_neurons():
             assert found.V1.shape == W1.shape
             assert found.V2.shape == W2.shape
             assert relu_skip.absorption_gap(points(h), W1, W2, found.V1, found.V2) < 1e-10
+
+
+def test_an_mlp_without_a_live_neuron_is_left_open():
+    for W1, W2 in ((torch.zeros(4, 2), torch.ones(2, 4)), (torch.ones(4, 2), torch.zeros(2, 4))):
+        assert len(relu_skip.merge_neurons(W1.double(), W2.double())[0]) == 0
+        assert relu_skip.absorb(W1.double(), W2.double()).exists is None
 
 
 def test_with_fewer_spare_neurons_than_the_width_the_question_is_left_open():
@@ -201,6 +207,39 @@ def test_theorem_8_3_holds_for_every_activation_that_is_its_reflection_plus_u(na
     assert relu_skip.absorption_gap(points(h), W1, W2, V1, V2, Z, lambda u: torch.relu(u) ** 2) > 1e-3
     wide1, wide2 = relu_skip.widened(W1, W2, Z)
     assert relu_skip.absorption_gap(points(h), W1, W2, wide1, wide2, Z, activation) < 1e-9
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, h=st.integers(1, 4), m=st.integers(2, 8), name=st.sampled_from(list(relu_skip.ABSORBING)))
+def test_theorem_8_3_only_if_neurons_and_linear_functions_are_independent_unless_rows_agree(seed, h, m, name):
+    # So V has the neurons of W up to sign, and the linear functions that are left are those of J.
+    W1 = torch.nn.functional.normalize(torch.randn(m, h, generator=rng(seed), dtype=torch.float64), dim=-1)
+    W1 *= torch.linspace(1, 4, m).double()[:, None]  # distinct, though for h = 1 all are parallel
+    x = torch.randn(4000, h, generator=rng(seed + 1), dtype=torch.float64) * 2
+    functions = torch.cat((relu_skip.ABSORBING[name](x @ W1.T), x), dim=1)
+    singular = torch.linalg.svdvals(functions / functions.norm(dim=0))
+    distinct = relu_skip.distinct_neurons(W1, torch.ones(h, m).double(), name)
+    assert distinct == (name != "relu" or h > 1)
+    assert (singular[-1] > 1e-10) == distinct, singular
+    W1[0] = -W1[1]  # f(−u) = f(u) − u
+    functions = torch.cat((relu_skip.ABSORBING[name](x @ W1.T), x), dim=1)
+    assert torch.linalg.svdvals(functions / functions.norm(dim=0))[-1] < 1e-13
+    assert not relu_skip.distinct_neurons(W1, torch.ones(h, m).double(), name)
+
+
+@pytest.mark.parametrize("name", relu_skip.ABSORBING)
+def test_whether_a_skip_is_absorbed_depends_on_the_activation_where_rows_are_parallel(name):
+    h = 3
+    for factor in (1, 2):
+        W1, W2 = relu_skip.random_mlp(h, 4 * h, rng(factor))
+        W1[:h] = factor * W1[h : 2 * h]
+        found = relu_skip.absorb(W1, W2, activation=name)
+        assert found.exists == (factor == 1 or name == "relu")  # GELU(2u) is another neuron than GELU(u)
+        if found.exists:
+            gap = relu_skip.absorption_gap(points(h), W1, W2, found.V1, found.V2, None, relu_skip.ABSORBING[name])
+            assert gap < 1e-10
+    W1[0] = 0  # one spare neuron is fewer than h
+    assert relu_skip.absorb(W1, W2, activation=name).exists == (True if name == "relu" else None)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -12,8 +12,12 @@ more freedom than W uses: with W₁ and W₂ of rank h and h dead neurons V alwa
 does.
 
 Other activations (arXiv 2604.23705): J ⇒ V, with the same V, needs of ReLU that f(u) − f(−u) = u, and GELU, its tanh
-approximation and SiLU have that, too (`ABSORBING`). Squared ReLU and gated MLPs, W₂(f(W₁x) ⊙ W₃x), absorb no skip,
-whatever their weights: their derivative at x = 0 is zero, and that of a skip Zx is Z (`derivative_at_zero`).
+approximation and SiLU have that, too (`ABSORBING`): f(u) = u/2 + e(u) with an even e. V ⇒ J holds for these three if no
+row of W₁ is zero or ± another, and no column of W₂ is zero, which is less than ReLU needs. Their |u|/2 − e(u) falls off
+faster the longer the row, so that e(w₁·x), e(w₂·x), … and the linear functions are independent unless two w are equal
+up to sign: V then has the rows of W₁ up to sign, with the columns of W₂, and the rows with other signs are J. Squared
+ReLU and gated MLPs, W₂(f(W₁x) ⊙ W₃x), absorb no skip, whatever their weights: their derivative at x = 0 is zero, and
+that of a skip Zx is Z (`derivative_at_zero`).
 """
 
 from functools import partial
@@ -157,26 +161,35 @@ def live_neurons(W1, W2):
     return (W1 != 0).any(-1) & (W2 != 0).any(0)
 
 
-def parallel_rows(W1):
-    """(m, m): for each pair of rows of W₁ the sign of their cosine if they are parallel, else 0; no row is zero."""
-    rows = torch.nn.functional.normalize(W1, dim=-1)
-    cosine = rows @ rows.T
-    return torch.where(1 - cosine.abs() < PARALLEL, cosine.sign(), 0.0)
+def parallel_rows(W1, activation="relu"):
+    """(m, m): for each pair of rows of W₁ the sign of their cosine if they are parallel, else 0; no row is zero.
 
-
-def distinct_kinks(W1, W2):
-    """Theorem 8.3's unstated assumption: no row of W₁ is zero or parallel to another, and no column of W₂ is zero.
-
-    Then each neuron has a kink of its own, and V needs the same m hyperplanes, each exactly once.
+    activation: a name in ABSORBING. Only for ReLU do rows of different lengths count: ReLU(cu) = c·ReLU(u) for c > 0.
     """
-    return bool(live_neurons(W1, W2).all()) and parallel_rows(W1).abs().sum().item() == len(W1)
+    lengths = W1.norm(dim=-1)
+    rows = W1 / lengths[:, None]
+    cosine = rows @ rows.T
+    same = 1 - cosine.abs() < PARALLEL
+    if activation != "relu":
+        same &= (lengths[:, None] / lengths - 1).abs() < PARALLEL
+    return torch.where(same, cosine.sign(), 0.0)
 
 
-def merge_neurons(W1, W2):
-    """The same MLP without dead neurons; neurons whose rows of W₁ differ by a positive factor are merged."""
+def distinct_neurons(W1, W2, activation="relu"):
+    """Theorem 8.3's unstated assumption: no row of W₁ is zero or `parallel_rows`, and no column of W₂ is zero.
+
+    For ReLU each neuron then has a kink of its own, and V needs the same m hyperplanes, each exactly once.
+    """
+    return bool(live_neurons(W1, W2).all()) and parallel_rows(W1, activation).abs().sum().item() == len(W1)
+
+
+def merge_neurons(W1, W2, activation="relu"):
+    """The same MLP without dead neurons, with those merged whose rows of W₁ are equal, for ReLU up to a factor."""
     keep = live_neurons(W1, W2)
     W1, W2 = W1[keep], W2[:, keep]
-    first = (parallel_rows(W1) > 0).to(torch.uint8).argmax(-1)  # the neuron that each is merged into
+    if not len(W1):
+        return W1, W2
+    first = (parallel_rows(W1, activation) > 0).to(torch.uint8).argmax(-1)  # the neuron that each is merged into
     factors = W1.norm(dim=-1) / W1[first].norm(dim=-1)
     into = torch.nn.functional.one_hot(first, len(W1)).to(W1)
     W2 = (W2 * factors) @ into
@@ -193,27 +206,27 @@ class Absorption(NamedTuple):
     reason: str  # in words
 
 
-def absorb(W1, W2, Z=None, max_free=20):
-    """Decide whether W₂ReLU(W₁x) + Zx = V₂ReLU(V₁x) has a solution with V₁, V₂ of W's shapes; an Absorption.
+def absorb(W1, W2, Z=None, max_free=20, activation="relu"):
+    """Decide whether W₂f(W₁x) + Zx = V₂f(V₁x) has a solution with V₁, V₂ of W's shapes; an Absorption.
 
-    Yes: there is a J, or merging neurons and removing dead ones frees the h neurons that `widened` needs. No: there is
-    no J, and the 'only if' of Theorem 8.3 applies (`distinct_kinks`). Undecided: the search gave up, or the 'only if'
-    does not apply.
+    activation: the name of f in ABSORBING. Yes: there is a J, or merging neurons and removing dead ones frees the h
+    neurons that `widened` needs. No: there is no J, and the 'only if' of Theorem 8.3 applies (`distinct_neurons`).
+    Undecided: the search gave up, or the 'only if' does not apply.
     """
     m, h = W1.shape
     search = find_subset(W1, W2, Z, max_free=max_free)
     if search.subset is not None:
         return Absorption(True, *theorem_8_3(W1, W2, search.subset, Z), f"Theorem 8.3: {search.reason}")
-    if distinct_kinks(W1, W2):
+    if distinct_neurons(W1, W2, activation):
         return Absorption(False if search.exhaustive else None, None, None, search.reason)
-    small1, small2 = merge_neurons(W1, W2)
+    small1, small2 = merge_neurons(W1, W2, activation)
     spare = m - len(small1)
     if spare >= h and len(independent_rows(small1)) == h:
         V1, V2 = widened(small1, small2, Z)
         rest = m - len(V1)
         V1, V2 = torch.cat((V1, V1.new_zeros(rest, h))), torch.cat((V2, V2.new_zeros(h, rest)), dim=1)
         return Absorption(True, V1, V2, f"no J is needed: {spare} neurons are redundant, and {h} are enough")
-    reason = "some neurons share a kink or have none, so V may exist without a J ('only if' of Theorem 8.3 fails here)"
+    reason = "some neurons are dead or alike, so V may exist without a J ('only if' of Theorem 8.3 fails here)"
     return Absorption(None, None, None, f"{search.reason}; {reason}")
 
 
