@@ -1,5 +1,6 @@
 # make demo: train the baseline and W_Q = I on the embedded corpus, and compare them (minutes on a CPU)
 # make test: lint and test
+# make results: write the tables and figures of results/, and those in the READMEs, anew from the runs kept there
 # make architectures: each architecture that the paper names, with and without W_Q, at the quick size (hours on two cores)
 # They make their own environment in .venv and do nothing twice.
 
@@ -15,7 +16,7 @@ ARCHITECTURES ?=
 BIN := .venv/bin
 RUNS := out/demo/baseline_tied out/demo/reduced_tied
 
-.PHONY: demo architectures test clean
+.PHONY: demo results architectures test clean
 
 demo: $(RUNS:%=%/summary.json)
 	$(BIN)/python report.py $(RUNS) --out_dir=out/demo
@@ -23,6 +24,10 @@ demo: $(RUNS:%=%/summary.json)
 out/demo/%/summary.json: | data/stdlib/meta.json
 	$(BIN)/python train.py config/quick.py config/$*.py --out_dir=out/demo/$* --resume \
 		--attn_logit_std=$(LOGITS_$*) $(DEMO)
+
+results: .venv/installed
+	for runs in results/*/runs.json.xz; do $(BIN)/python report.py $$(dirname $$runs) >/dev/null || exit 1; done
+	$(BIN)/python -m studies.blocks README.md results/README.md
 
 architectures: | data/stdlib/meta.json
 	$(BIN)/python sweep.py config/study_arch.py config/quick.py --seeds=1337 --out_dir=out/architectures $(ARCHITECTURES)

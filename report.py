@@ -3,16 +3,20 @@
 python report.py out/study_wd_scale-quick                            a study of sweep.py, finished or not
 python report.py out/quick-baseline_tied out/quick-reduced_tied      run folders; the first is the control
 python report.py out/baseline-s* out/reduced-s*                      runs that differ only in the seed are one arm
+python report.py out/study_lr-quick --out_dir=results/lr --pack      keep its runs, too, in one small file
+python report.py results/lr                                          write that report anew from the file
 
 Writes report.md, report.html (one file that contains its figures), runs.csv, comparison.csv and the figures into
 out_dir, and prints the table and the verdicts.
 """
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import configurator
-from studies import arms, page, store, writing
+from engine.files import make_folder
+from studies import arms, packed, page, store, writing
 from train_config import TrainConfig
 
 
@@ -24,6 +28,7 @@ class ReportConfig:
     control: str | None = None  # the arm to compare all others with; none: the study's own, or the first run's
     about: tuple[str, ...] = ()  # the options in which arms are meant to differ; of others warn; none: the study's
     out_dir: configurator.FilePath | None = None  # the report's folder; none: report/ in the study's, or out/report
+    pack: bool = False  # keep the runs in one small file beside the report, which report.py can then write anew
 
     def __post_init__(self):
         for name in self.about:
@@ -37,9 +42,20 @@ def write_report(cfg):
     """
     if not cfg.runs:
         raise ValueError("name a study folder, or the run folders to compare: python report.py out/FIRST out/SECOND")
-    results = arms.load(cfg.runs, cfg.control, cfg.about)
     default = Path(cfg.runs[0], "report") if store.is_study(cfg.runs[0]) else "out/report"
-    return writing.write(results, Path(cfg.out_dir or default))
+    folder = Path(cfg.out_dir or default)
+    path = folder / packed.NAME
+    if cfg.pack:
+        make_folder(folder)
+        packed.pack(cfg.runs, path)
+    elif packed.is_packed(cfg.runs[0]):
+        if len(cfg.runs) > 1:
+            raise ValueError(f"{cfg.runs[0]} holds the runs of a report: leave out the others")
+        folder, path = Path(cfg.out_dir or cfg.runs[0]), Path(cfg.runs[0], packed.NAME)
+    else:
+        return writing.write(arms.load(cfg.runs, cfg.control, cfg.about), folder)
+    with tempfile.TemporaryDirectory() as unpacked:  # what was packed, so that it gives the same report later
+        return writing.write(arms.load(packed.unpack(path, unpacked), cfg.control, cfg.about, unpacked), folder)
 
 
 def main(argv):

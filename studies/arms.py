@@ -18,7 +18,7 @@ from engine import run_files
 from engine.flops import cost
 from studies import comparison
 from studies.page import plain
-from studies.runs import is_number, read_run, series
+from studies.runs import is_number, named, read_run, series
 from studies.store import is_study, read_study, run_folder, state
 from studies.texts import point_text
 from train_config import TrainConfig
@@ -95,6 +95,7 @@ class Results:
     tuning_seeds: tuple = ()  # with which points are chosen; the others are reported
     equal_within: float | None = None  # the fraction of the control's loss within which two arms count as equal
     later: list = field(default_factory=list)  # (cell, folder) of runs that are needed only if their point is chosen
+    base: str | None = None  # the folder from which run folders are named
     about: tuple | None = None  # the options in which arms are meant to differ, beside the grid's; None: not known
 
     @property
@@ -251,11 +252,12 @@ def compare_cells(pairs, equal_within=None):
     return comparison.compare([(cell.losses, control.losses) for cell, control in pairs], equal_within)
 
 
-def load(folders, control=None, about=()):
+def load(folders, control=None, about=(), base=None):
     """The Results of one study folder, or of run folders.
 
     control: the arm to compare all others with; None: the study's own controls, or the first arm of run folders.
-    about: the options in which the arms are meant to differ; none: what the study says.
+    about: the options in which the arms are meant to differ; none: what the study says. base: the folder from which
+    run folders are named; None: that of the study.
     Raises ValueError for a folder that is neither, a control that is not an arm, two runs with one seed in an arm, runs
     of an arm that differ in more than the seed, and runs on different data.
     """
@@ -265,7 +267,7 @@ def load(folders, control=None, about=()):
             f"{studies[0]} is a study, which must be the only folder of a report: leave out the others, or name the "
             f"study's run folders, {shlex.quote(str(studies[0]))}/*/seed*"
         )
-    results = _load_study(studies[0]) if studies else _load_runs(folders)
+    results = _load_study(studies[0]) if studies else _load_runs(folders, base)
     results.about = tuple(about) or results.about
     results.cells = [cell for cell in results.all_cells if cell.all_runs]
     if not results.cells:
@@ -285,6 +287,7 @@ def load(folders, control=None, about=()):
 def _load_study(folder):
     content = read_study(folder)
     results = Results(content["name"], content["grid"], cells=[], unfinished=[], command=content.get("command"))
+    results.base = folder
     results.tuning_seeds = tuple(seed for seed in content.get("tuning_seeds", ()) if seed in content["seeds"])
     results.equal_within, results.about = content.get("equal_within"), content.get("about")
     for entry in content["arms"]:
@@ -307,7 +310,7 @@ def _kind(run):
     return run.experiment, run.changes_text
 
 
-def _load_runs(folders):
+def _load_runs(folders, base):
     groups = []  # lists of runs that differ only in the seed
     for folder in folders:
         run = read_run(folder)
@@ -320,9 +323,9 @@ def _load_runs(folders):
         if group is None:
             groups.append(group := [])
         group.append(run)
-    names = _names(groups)
+    names = _names(groups, base)
     title = f"{names[0]} and {len(names) - 1} more" if len(names) > 2 else " and ".join(names)
-    results = Results(title, grid={}, cells=[], unfinished=[])
+    results = Results(title, grid={}, cells=[], unfinished=[], base=base)
     for name, group in zip(names, groups, strict=True):
         cell = Cell(name, {}, names[0])
         results.all_cells.append(cell)
@@ -368,7 +371,7 @@ def _add_finished(cell, run, chooses=False):
     runs[run.seed] = run
 
 
-def _names(groups):
+def _names(groups, base):
     """A name for each group of runs: its folders' names without the seed, or the whole path where two names agree."""
     names = []
     for group in groups:
@@ -379,7 +382,7 @@ def _names(groups):
             name = folders[0].parent.name
         names.append(plain(re.sub(r"[-_.,= ]*(seed|(?<=[-_.,= ])s)?[-_.,= ]*$", "", name)).strip())
     pairs = zip(names, groups, strict=True)
-    return [plain(str(group[0].folder)) if names.count(name) > 1 else name for name, group in pairs]
+    return [plain(str(named(group[0].folder, base))) if names.count(name) > 1 else name for name, group in pairs]
 
 
 def _check_same_data(results):

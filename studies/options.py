@@ -15,7 +15,9 @@ def in_effect(cell):
 def differing(cells):
     """The options that determine a result and are not the same in all cells, in the order of TrainConfig."""
     found = [in_effect(cell) for cell in cells]
+    order = list(TrainConfig.__dataclass_fields__)
     names = dict.fromkeys(name for each in found for name in each)
+    names = sorted(names, key=lambda name: order.index(name) if name in order else len(order))
     return [name for name in names if len({repr(each.get(name)) for each in found}) > 1]
 
 

@@ -5,6 +5,7 @@ They may be damaged, or another program's: then one sentence says in which file,
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -120,6 +121,11 @@ class Run:
     def changes_text(self):
         """The changes in words: 'weight_decay 0.1 → 0.5 from step 200, …'; empty where there are none."""
         return ", ".join(map(str, self.changes))
+
+
+def named(folder, base):
+    """A run folder as a report names it: from the folder base, or as it is."""
+    return os.path.relpath(folder, base) if base else folder
 
 
 def read_run(folder):

@@ -4,6 +4,7 @@ from functools import partial
 
 from studies import comparison, delay, options, page
 from studies.arms import common_seeds
+from studies.runs import named
 from studies.texts import listed, p_text, point_text, signed, value_text, with_interval
 from studies.verdicts import MOST, names
 
@@ -250,7 +251,7 @@ def run_table(results, most=30):
 
 def unfinished_runs(results, most=12):
     """A line for each run that is not finished; where there are more than `most`, the number in each state instead."""
-    lines = [f"{folder}: {why}" for folder, why in results.unfinished]
+    lines = [f"{named(folder, results.base)}: {why}" for folder, why in results.unfinished]
     if len(lines) <= most:
         return lines
     states = [why.partition(",")[0] for _, why in results.unfinished]

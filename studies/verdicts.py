@@ -2,7 +2,7 @@
 
 from studies import comparison, delay, options
 from studies.arms import compare_cells
-from studies.runs import is_number
+from studies.runs import is_number, named
 from studies.texts import listed, p_phrase, point_text, signed, value_text
 
 MOST = 5  # verdicts that a report begins with; where there are more, one sentence counts them
@@ -174,7 +174,8 @@ def changed_options(results, most=12):
     changed = [run for _, run in results.runs if run.changes]
     if len(changed) > most:
         return [f"Warning: options changed on the way in {len(changed)} runs; runs.csv has them (changed_options)."]
-    return [f"Warning: options changed on the way in {run.folder}: {run.changes_text}." for run in changed]
+    texts = [f"{named(run.folder, results.base)}: {run.changes_text}" for run in changed]
+    return [f"Warning: options changed on the way in {text}." for text in texts]
 
 
 def trends(results):

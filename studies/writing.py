@@ -9,6 +9,7 @@ from engine.files import make_folder, write_text
 from engine.flops import cost
 from model import GPTConfig
 from studies import arms, benchmarks, comparison, delay, figures, page, point_figures, sections, table_2, verdicts
+from studies.runs import named
 from studies.texts import value_text
 
 
@@ -80,7 +81,8 @@ def run_rows(results, flops):
     rows = [
         {"arm": cell.arm}
         | cell.point
-        | {"seed": run.config["seed"], "data_seed": run.config["data_seed"], "folder": run.folder, "state": "finished"}
+        | {"seed": run.config["seed"], "data_seed": run.config["data_seed"]}
+        | {"folder": named(run.folder, results.base), "state": "finished"}
         | ({"part": "reported" if run in cell.runs.values() else "tuning"} if results.tuning_seeds else {})
         | {name: run.summary.get(name) for name in measured}
         | ({"bits_per_byte": run.summary["bits_per_byte"]} if run.summary.get("bits_per_byte") is not None else {})
@@ -90,7 +92,7 @@ def run_rows(results, flops):
         | {"device": run.facts["device"], "dtype": run.precision, "changed_options": run.changes_text}
         for cell, run in results.runs
     ]
-    return rows + [{"folder": folder, "state": why} for folder, why in results.unfinished]
+    return rows + [{"folder": named(folder, results.base), "state": why} for folder, why in results.unfinished]
 
 
 def comparison_rows(results, comparisons):
@@ -98,7 +100,8 @@ def comparison_rows(results, comparisons):
     rows = _rows("best", results.best_pairs, comparisons)
     for row, pair in zip(rows, results.best_pairs, strict=True):
         steps, tokens = delay.delays(results, *pair) or (None, None)
-        row |= {"delay_steps": steps and steps.mean, "delay_percent": tokens and tokens.mean}
+        delays = {"delay_steps": steps, "delay_percent": tokens}
+        row |= {name: mean and float(f"{mean.mean:.4g}") for name, mean in delays.items()}
     if results.tuned_fields:
         losses = [tuple(map(results.leave_one_out_losses, pair)) for pair in results.best_pairs]
         chosen_by_others = _rows("points chosen by the other seeds", results.best_pairs, comparison.compare(losses))
