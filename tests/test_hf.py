@@ -145,6 +145,28 @@ def test_nothing_of_a_gpt2_is_lost(tiny, command):
     assert (status, error.count("\n")) == (2, 1)
 
 
+def test_the_heads_of_a_gpt2_lose_their_freedom_and_it_goes_back(run, command):
+    """GPT-2 to eliminate.py --heads to transformers: the same logits, and n_embd·d_k entries of W_Q and W_V are I."""
+    theirs = gpt2("theirs")
+    assert command(hf.main, "import", "--from=theirs", "--out=out/in")[0] == 0
+    status, out, error = command(eliminate.main, "--ckpt=out/in/ckpt.pt", "--out=out/heads/ckpt.pt", "--heads")
+    assert (status, error) == (0, "")
+    assert "512 parameters are known" in out  # 2 layers · 2 projections · 16 · 8
+    status, _, error = command(hf.main, "export", "--run=out/heads", "--out=out/back")
+    assert status == 0, error
+    back = transformers.AutoModelForCausalLM.from_pretrained("out/back")
+    tokens = torch.randint(257, (2, 32))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        assert (back(tokens).logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+    for mine, old in zip(back.transformer.h, theirs.transformer.h, strict=True):
+        for start in (0, 32):  # Conv1D weights are (in, out): W_Q, W_K, W_V
+            for head in range(2):
+                columns = slice(start + 8 * head, start + 8 * (head + 1))
+                assert torch.equal(mine.attn.c_attn.weight[:8, columns], torch.eye(8))
+                assert not torch.equal(old.attn.c_attn.weight[:8, columns], torch.eye(8))
+
+
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
 def test_old_weight_files(run, command, legacy, prefix):
