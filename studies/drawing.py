@@ -69,16 +69,6 @@ def log_axis(axis):
     axis.set_minor_locator(ticker.NullLocator())
 
 
-def apart(places, share=0.12):
-    """The places on a logarithmic axis whose tick labels do not overlap. share: the least gap, of the axis's length."""
-    places = sorted(set(places))
-    kept = places[:1]
-    for place in places[1:]:
-        if math.log(place / kept[-1]) > share * math.log(places[-1] / places[0]):
-            kept.append(place)
-    return kept
-
-
 def styles(names):
     """name -> dict of colour, line style and marker; up to 28 names have different ones."""
     turns = {name: divmod(i, len(COLOURS)) for i, name in enumerate(names)}

@@ -15,6 +15,7 @@ from studies import comparison, drawing, verdicts
 from studies.arms import are_comparable
 from studies.texts import signed, value_text
 
+MANY = 6  # arms: bars of more would hide each other
 FAR = 0.1  # of the best loss: losses that are no further from it than this are always in view
 LOSS = "validation loss (nats per token)"
 DIFFERENCE = "difference in validation loss (nats per token)"
@@ -147,11 +148,15 @@ def lines(results, path):
     panels = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)
     upper, lower = panels[0, 0], panels[-1, 0]
 
+    is_many = len(results.arms) > MANY
+
     def draw(panel, arm, means, text):  # means: value of the field -> Mean; returns the spots for drawing.fit
-        beside = drawing.beside(places, is_log, results.arms.index(arm), len(results.arms))
+        beside = places if is_many else drawing.beside(places, is_log, results.arms.index(arm), len(results.arms))
         known = {value: x for value, x in zip(values, beside, strict=True) if value in means}
         look = dict(style[arm], markerfacecolor="white")
-        drawing.points(panel, list(known.values()), [means[value] for value in known], label=drawing.label(arm), **look)
+        if is_many:
+            means = {value: comparison.Mean(mean.n, mean.mean) for value, mean in means.items()}
+        drawing.points(panel, list(known.values()), [means[v] for v in known], label=drawing.label(arm), **look)
         for cell in results.chosen if panel is upper and results.tuned_fields else ():
             if cell.arm == arm:
                 best = cell.point[name]
@@ -173,7 +178,14 @@ def lines(results, path):
     least = FAR * min(mean.mean for _, mean, *_ in losses)
     upper.set_ylim(drawing.fit(upper, losses, least))
     upper.set_ylabel(LOSS)
-    upper.legend(frameon=False, fontsize=9, ncols=2 if len(results.arms) > 6 else 1)
+    handles, labels = upper.get_legend_handles_labels()
+    if results.tuned_fields:
+        handles += upper.plot([], [], marker="o", color="0.4", linestyle="none", markersize=8)
+        labels.append("filled: an arm's best point")
+    if is_many:
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8.5, frameon=False)
+    else:
+        upper.legend(handles, labels, frameon=False, fontsize=9)
     if pairs:
         if differences:
             lower.set_ylim(drawing.fit(lower, differences, least, around_zero=True))
@@ -197,13 +209,13 @@ def cost(results, training_flops, path):
         "attention + MLP parameters (millions)": lambda cell: cell.example.facts["parameters"]["attn_mlp"] / 1e6,
         f"training FLOPs ({drawing.power_of_ten(power)})": lambda cell: training_flops[cell.example.folder] / 10**power,
     }
-    apart = best if not results.size_fields else [cell for cell in best if cell.arm == best[0].arm]
-    costs = {label: of for label, of in costs.items() if len(set(map(of, apart))) > 1}
+    compared = best if not results.size_fields else [cell for cell in best if cell.arm == best[0].arm]
+    costs = {label: of for label, of in costs.items() if len(set(map(of, compared))) > 1}
     if not costs or len(best) < 3:
         return False
     arms = list(dict.fromkeys(cell.arm for cell in best))
     pairs = [pair for pair in results.best_pairs if all(cell in best for cell in pair)]
-    named = len(arms) > 6  # too many for a legend: then each pair has one colour, and its name beside its points
+    named = len(arms) > MANY  # too many for a legend: then each pair has one colour, and its name beside its points
     names = _pair_names(arms, pairs)
     style = drawing.styles(dict.fromkeys(names.values()) if named else arms)
     style = {arm: dict(style[names[arm] if named else arm]) for arm in arms}
@@ -213,6 +225,8 @@ def cost(results, training_flops, path):
     figure = drawing.new_figure(drawing.WIDTH, 5.4 if named else 4.6)
     panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
     means = {cell: comparison.summarise(cell.losses.values()) for cell in best}
+    if named:
+        means = {cell: comparison.Mean(mean.n, mean.mean) for cell, mean in means.items()}
     limits = []
     for panel, (label, of) in zip(panels, costs.items(), strict=True):
         places = sorted(set(map(of, best)))
@@ -224,9 +238,6 @@ def cost(results, training_flops, path):
             panel.plot([of(c) for c in pair], [means[c].mean for c in pair], color="0.6", linewidth=0.8, zorder=1)
         if places[-1] > 3 * places[0]:
             drawing.log_axis(panel.xaxis)
-            if results.size_fields:
-                ticks = drawing.apart(map(of, apart))
-                panel.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
         panel.set_xlabel(label)
         spots = []
         for cell in best:

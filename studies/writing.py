@@ -28,14 +28,15 @@ def draw(results, comparisons, flops, folder):
     import matplotlib
 
     several = any(len(cell.runs) > 1 for cell in results.cells)
-    bands = "Bands and bars are 95 % t-intervals over seeds." if several else "One seed: no intervals."
+    bars = "Bands and bars are 95 % t-intervals over seeds." if several else "One seed: no intervals."
+    bands = "Means over seeds, whose intervals the tables have." if len(results.arms) > point_figures.MANY else bars
     best = ", each arm at its best point of the grid" if results.tuned_fields else ""
     windows = " or ".join(str(n) for n in sorted({run.config["eval_windows"] for _, run in results.runs}))
     wanted = {
         "differences.png": (
             lambda results, path: point_figures.differences(results, comparisons, path),
             f"Difference of each arm from its control in final validation loss{best}. Filled: significant"
-            f"{' after correction for several comparisons (Holm)' if len(comparisons) > 1 else ''}. {bands}",
+            f"{' after correction for several comparisons (Holm)' if len(comparisons) > 1 else ''}. {bars}",
         ),
         "loss.png": (
             figures.curves,

@@ -202,14 +202,50 @@ def test_pairs_are_named_by_what_they_share():
     assert names(several) == {"x-a": "x-a", "x-b": "x-b", "x-base": "x-base"}
 
 
-def test_the_axis_of_costs_has_its_ticks_at_the_sizes(study, drawn):
+def test_the_axis_of_costs_has_round_ticks(study, drawn):
     results = study(PAIR, lambda arm, seed, n_embd: 2 + 1 / n_embd, {"n_embd": [16, 32, 64]}, seeds=(1,))
-    panels = drawn(point_figures.cost, results, loss_flops(results)).axes
-    of_control = [cell.example.facts["parameters"]["attn_mlp"] / 1e6 for cell in results.best if cell.arm == "base"]
-    assert panels[0].get_xscale() == "log"
-    assert panels[0].get_xticks() == pytest.approx(of_control)
-    assert [label.get_text() for label in panels[0].get_xticklabels()] == [f"{cost:.3g}" for cost in of_control]
-    assert drawing.apart([1, 1.05, 2, 2.1, 4]) == [1, 2, 4]
+    for panel in drawn(point_figures.cost, results, loss_flops(results)).axes:
+        assert panel.get_xscale() == "log"
+        low, high = panel.get_xlim()
+        ticks = [tick for tick in panel.get_xticks() if low <= tick <= high]
+        assert len(ticks) >= 2
+        assert all(f"{tick:e}"[0] in "125" and float(f"{tick:.0e}") == pytest.approx(tick) for tick in ticks)
+
+
+def test_legends_say_what_filled_markers_mean(study, drawn):
+    def loss(arm, seed, learning_rate):
+        return 2 + abs(learning_rate - 0.002) + seed / 100 + 0.1 * (arm == "reduced")
+
+    results = study(PAIR | {"narrow": dict(n_embd=8)}, loss, {"learning_rate": [0.001, 0.002]})
+    upper = drawn(point_figures.lines, results).axes[0]
+    handles, labels = upper.get_legend().legend_handles, [text.get_text() for text in upper.get_legend().get_texts()]
+    assert labels == [*results.arms, "filled: an arm's best point"]
+    assert handles[-1].get_markerfacecolor() == "0.4"
+    best = [line for line in upper.lines if line.get_markersize() == 8 and len(line.get_xdata())]
+    assert [line.get_xdata()[0] > 0.0015 for line in best] == [True] * 3
+
+
+def test_differences_are_in_order_and_filled_where_they_are_significant(study, drawn):
+    generator = np.random.default_rng(4)
+    shift = {"base": 0, "worse": 0.2, "alike": 0.001, "better": -0.1, "awful": 3.0}
+    fields = {arm: {"beta1": 0.5 + i / 100} for i, arm in enumerate(shift)}
+    results = study(fields, lambda arm, seed: 2 + shift[arm] + generator.normal(0, 0.01))
+    comparisons = arms.compare_cells(results.best_pairs, equal_within=0.02)
+    results.equal_within = 0.02
+    figure = drawn(lambda results, path: point_figures.differences(results, comparisons, path), results)
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["significant", "not significant", "margin of equality, 2 %"]
+    (panel,) = figure.axes
+    names = [label.get_text() for label in panel.get_yticklabels()]
+    assert names == ["awful", "worse", "alike", "better"], "from below"
+    points = [line for line in panel.lines if line.get_marker() == "o" and len(line.get_xdata())]
+    filled = {line.get_ydata()[0]: line.get_markerfacecolor() != "white" for line in points}
+    assert filled == {1: True, 2: False, 3: True}
+    assert texts(panel) == [f"{comparisons[-1].difference.mean:+.4f} →"], "far off"
+    low, high = panel.get_xlim()
+    assert low < -0.1 and 0.2 < high < 1
+    band = next(patch for patch in panel.patches)
+    assert band.get_width() == pytest.approx(2 * 0.02 * 2, rel=0.01)
 
 
 def test_zero_has_a_place_on_a_logarithmic_axis():
