@@ -4,7 +4,7 @@
     python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run/no_wq.pt --gauge=orthonormal     most precise in bfloat16
     python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run/no_wk.pt --which=k --max_cond=1e5
     python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run/layer3.pt --layer=3              only the W_Q of one layer
-    python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run/heads.pt --heads                   of any model, a part
+    python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run/heads.pt --heads --rows=chosen     of any model, a part
     python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run/triangular.pt --triangular --layer=0    through norms
     python eliminate.py --ckpt=out/run/ckpt.pt --out=out/run/fitted.pt --approximate          if no result applies
 
@@ -40,7 +40,8 @@ class EliminateConfig:
     which: Literal["q", "k", "v"] = "q"  # the projection that becomes the identity: W_Q, W_K or W_V
     layer: int | None = None  # the only layer whose projection is removed, from 0; none: all layers
     gauge: Literal["kept", "balanced", "orthonormal"] = "kept"  # the initial form of the heads (Proposition 4.2)
-    heads: bool = False  # in any model: the top d_k rows of each head of W_Q and of W_V become I, and need no storage
+    heads: bool = False  # in any model: d_k rows of each head of W_Q and of W_V become I, and need no storage
+    rows: Literal["top", "chosen"] = "top"  # with heads: the first d_k, or d_k that lose little in low precision
     triangular: bool = False  # norms included: W_Q of the layer that `layer` names becomes upper triangular
     max_cond: float = reparametrize.MAX_COND  # the largest condition number of a matrix that is inverted
     approximate: bool = False  # not exact: W_Q = I and the W_K that fits training text best, for fine-tuning
@@ -58,6 +59,8 @@ class EliminateConfig:
         ways = [name for name in ("heads", "triangular", "approximate") if getattr(self, name)]
         if len(ways) > 1:
             raise ValueError(f"{' and '.join(ways)} are different ways to rewrite a model: set one of them")
+        if self.rows != "top" and not self.heads:
+            raise ValueError(f"rows={self.rows} says which rows become I with heads=True: set that, too")
         layer = None if self.triangular else self.layer
         if ways and (self.which, layer, self.gauge) != ("q", None, "kept"):
             what = {
@@ -125,7 +128,7 @@ def eliminate(cfg):
     else:
         found["real"] = compare(f"{len(x)} validation windows", x, y, with_loss=True)
 
-    asked = {name: getattr(cfg, name) for name in ("ckpt", "which", "layer", "gauge", "max_cond", *ways)}
+    asked = {name: getattr(cfg, name) for name in ("ckpt", "which", "layer", "gauge", "rows", "max_cond", *ways)}
     write(target, source, state, reduced, {**asked, **found})
     print(f"wrote {target}")
     print(f"to generate text: python sample.py --out_dir={target.parent} --ckpt={target.name}")
@@ -148,22 +151,26 @@ def rewrite_exactly(original, state, cfg):
 
 
 def rewrite_heads(original, state, cfg):
-    """As `rewrite_exactly`, with the top d_k rows of each head of W_Q and W_V as I: {'layer 0, W_Q': condition}."""
-    rewritten, found = gauge.identity_in_heads(original)
+    """As `rewrite_exactly`, with d_k rows of each head of W_Q and W_V as I: {'layer 0, W_Q': condition}."""
+    rewritten, found = gauge.identity_in_heads(original, cfg.rows)
     conditions = {f"layer {layer}, W_{name.upper()}": condition for (layer, name), condition in found.items()}
     config, names = original.config, " and ".join(sorted({f"W_{name.upper()}" for _, name in found}))
+    advice = "choose better rows with --rows=chosen, or " if cfg.rows == "top" else ""
     for matrix, condition in conditions.items():
         print(f"{matrix}: the rows that become I have condition numbers of up to {condition:.4g}")
         if condition > cfg.max_cond:
             raise ValueError(
-                f"{matrix}: its top {config.d_k} rows are badly conditioned ({condition:.3g}, max_cond="
-                f"{cfg.max_cond:g}), so inverting them would make the logits imprecise: accept that with a larger "
-                "max_cond"
+                f"{matrix}: the {cfg.rows} {config.d_k} rows are badly conditioned ({condition:.3g}, max_cond="
+                f"{cfg.max_cond:g}), so inverting them would make the logits imprecise: {advice}accept that with a "
+                "larger max_cond"
             )
     print(
-        f"the top {config.d_k} rows of each head of {names} are I: {len(found) * config.kv_heads * config.d_k**2:,} "
-        "parameters are known and need not be stored (the file has them, so that every program loads it)"
+        f"the {cfg.rows} {config.d_k} rows of each head of {names} are I: "
+        f"{len(found) * config.kv_heads * config.d_k**2:,} parameters are known and need not be stored (the file has "
+        "them, so that every program loads it)"
     )
+    if cfg.rows == "top":
+        print("--rows=chosen saves as many and keeps the other entries small, as large models in bfloat16 need")
     return "Proposition 4.2 and its twin for W_V and W_O", conditions, rewritten
 
 

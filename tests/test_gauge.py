@@ -73,11 +73,11 @@ def chosen_model(choice, seed):
 
 
 @settings(max_examples=40, deadline=None)
-@given(choice=st.fixed_dictionaries(CHOICES), seed=st.integers(0, 99))
-def test_the_top_rows_of_heads_become_the_identity_in_any_model(choice, seed):
+@given(choice=st.fixed_dictionaries(CHOICES), seed=st.integers(0, 99), rows=st.sampled_from(gauge.ROWS))
+def test_d_k_rows_of_each_head_become_the_identity_in_any_model(choice, seed, rows):
     model = chosen_model(choice, seed)
     config = model.config
-    found, conditions = gauge.identity_in_heads(model)
+    found, conditions = gauge.identity_in_heads(model, rows)
     assert difference(model, found) < EXACT * max(1.0, max(conditions.values()) / 1e3)
     assert {name for _, name in conditions} == ({"v"} if config.pos == "rope" else {"q", "v"})
     known = 0
@@ -85,7 +85,14 @@ def test_the_top_rows_of_heads_become_the_identity_in_any_model(choice, seed):
         for name in "qv":
             if (number, name) in conditions:
                 for head in gauge.split_heads(block[name].weight, config.kv_heads):
-                    assert torch.equal(head[: config.d_k, : config.d_k], torch.eye(config.d_k).double())
+                    square = head[:, : config.d_k]
+                    eye = torch.eye(config.d_k).double()
+                    if rows == "top":
+                        assert torch.equal(square[: config.d_k], eye)
+                    else:
+                        is_unit = (square[:, None] == eye).all(-1)  # (d, d_k)
+                        assert is_unit.any(0).all()
+                        assert square.abs().max() < 2 ** (config.d_k - 1) + 1e-9  # what pivoting guarantees
                     known += config.d_k**2
     if config.n_kv_head is None:
         assert known == len(conditions) * config.n_embd * config.d_k
@@ -129,6 +136,20 @@ def test_a_change_of_gauge_keeps_the_logits_and_has_the_form_that_it_names(choic
                 torch.testing.assert_close(own, expected.expand_as(own), rtol=1e-8, atol=1e-8)
         if name == "orthonormal" and not (which == "q" and config.kv_heads < config.n_head):
             torch.testing.assert_close(block[which].weight.norm(), before[which].weight.norm())
+
+
+def test_chosen_rows_keep_the_entries_near_one_where_the_top_rows_do_not():
+    model = random_model(cond=30, **dict(SMALL, norm="layernorm", n_embd=64, n_head=4))
+    for block in model.transformer.h:
+        block.attn.c_attn.weight.data[:, :16] *= 1e-3  # the coordinates of the top rows matter least
+    largest = {}
+    for rows in gauge.ROWS:
+        found, conditions = gauge.identity_in_heads(model, rows)
+        assert difference(model, found) < 1e-8
+        values = [block[name].weight.abs().max() for block in read_weights(found).blocks for name in "qv"]
+        largest[rows] = max(values).item(), max(conditions.values())
+    assert largest["chosen"][0] < 8 < 1e3 < largest["top"][0]
+    assert largest["chosen"][1] < largest["top"][1]
 
 
 def test_rotary_checkpoints_that_differ_by_a_gauge_have_one_balanced_form():

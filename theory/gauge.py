@@ -126,13 +126,18 @@ def change_gauge(model, gauge="balanced", which="q"):
     return build_model(weights, config, model)
 
 
-def identity_in_heads(model):
-    """A GPT with the same logits in which the top d_k rows of each head of W_Q and of W_V are I, and the conditions.
+ROWS = ("top", "chosen")
+
+
+def identity_in_heads(model, rows="top"):
+    """A GPT with the same logits in which d_k rows of each head of W_Q and of W_V become I, and the conditions.
 
     Any norm, skips and depth. W_Q's stay where the gauge is not free: with rotary positions, W_Q = I or W_K = I; W_V's
-    with W_V = I. Of query heads that share a key head, the first. What is I need not be stored: n_kv_head·d_k² numbers
-    a layer for each of the two, d·d_k without shared heads. Returns (GPT, {(layer, 'q' or 'v'): the largest condition
-    number of the rows that were inverted}). Raises ValueError where neither is free, and for singular rows.
+    with W_V = I. Of query heads that share a key head, the first. rows: 'top', the first d_k rows, or 'chosen', those
+    of each head that `pivot_rows` finds. What is I need not be stored: n_kv_head·d_k² numbers a layer for each of the
+    two, d·d_k without shared heads (the chosen rows' indices, n_kv_head·d_k a layer, are needed then). Returns (GPT,
+    {(layer, 'q' or 'v'): the largest condition number of the rows that were inverted}). Raises ValueError where neither
+    is free, and for singular rows.
     """
     config = model.config
     which = [name for name in "qv" if is_free(config, name) and not (name == "q" and config.pos == "rope")]
@@ -142,20 +147,34 @@ def identity_in_heads(model):
             f"pos={config.pos}: neither W_Q nor W_V has a free gauge, so no row of them can become I"
         )
     weights, conditions = read_weights(model), {}
+    head, eye = torch.arange(config.kv_heads)[:, None], torch.eye(config.d_k, dtype=torch.float64)
     for number, block in enumerate(weights.blocks):
         for name in which:
-            top = split_heads(block[name].weight, config.kv_heads)[:, : config.d_k, : config.d_k]
-            conditions[number, name] = max(map(condition_number, top))
+            first = split_heads(block[name].weight, config.kv_heads)[..., : config.d_k]  # (n_kv_head, d, d_k)
+            row = pivot_rows(first) if rows == "chosen" else torch.arange(config.d_k).expand(config.kv_heads, -1)
+            square = first[head, row]  # (n_kv_head, d_k, d_k)
+            conditions[number, name] = max(map(condition_number, square))
 
-            def blocks_of(many, shared, name=name, top=top):
-                check_rank("the square of its top rows", torch.linalg.svdvals(top))
-                return torch.linalg.inv(top) if name == "q" else top.mT
+            def blocks_of(many, shared, name=name, square=square):
+                check_rank(f"the square of its {rows} rows", torch.linalg.svdvals(square))
+                return torch.linalg.inv(square) if name == "q" else square.mT
 
             change_block(number, block, name, blocks_of)
             heads = split_heads(block[name].weight.clone(), config.kv_heads)
-            heads[:, : config.d_k, : config.d_k] = torch.eye(config.d_k).to(heads)  # without rounding
+            heads[head, row, : config.d_k] = eye.to(heads)  # without rounding
             block[name] = block[name]._replace(weight=join_heads(heads))
     return build_model(weights, config, model), conditions
+
+
+def pivot_rows(heads):
+    """d_k rows of each head that no other row exceeds much, (n_kv_head, d_k) in ascending order; heads: (…, d, d_k).
+
+    The pivots of Gaussian elimination, each the largest entry that is left in its column. Where they become I, the
+    other entries of the head stay about 1, so that little is lost in low precision; where the top rows become I they
+    can be thousands.
+    """
+    pivots = torch.linalg.lu(heads).P.argmax(dim=-2)  # P: (n_kv_head, d, d); row j of PᵀW is row pivots[j] of W
+    return pivots[:, : heads.size(-1)].sort(dim=-1).values
 
 
 def is_free(config, which):

@@ -129,11 +129,14 @@ def covering_result(model, which="q", layer=None):
         return "Remark 1" if which == "v" else "Proposition 4.1"
     if config.norm != "none":
         approximately = ", or rewrite it with --approximate and fine-tune" if which == "q" else ""
+        basis, exact = "only an orthogonal change of basis passes", "and --triangular --layer=… are exact"
+        if config.norm == "dyt":
+            basis, exact = "only permutations and changes of sign pass", "is exact"
+        part = "of W_V" if config.pos == "rope" else "of W_Q and of W_V"
         raise ValueError(
-            f"norm={config.norm}: only an orthogonal change of basis passes through a norm exactly (Remark 5), so "
-            f"W_{which.upper()} cannot be removed from these weights; exact are --heads, with which a part of W_Q and "
-            "of W_V becomes I, and --triangular --layer=…; or use a model with norm=none, or train with "
-            f"w{which}_identity=True from the start{approximately}"
+            f"norm={config.norm}: {basis} through a norm exactly (Remark 5), so W_{which.upper()} cannot be removed "
+            f"from these weights; --heads, with which a part {part} becomes I, {exact}; or use a model with norm=none, "
+            f"or train with w{which}_identity=True from the start{approximately}"
         )
     if identities:
         names = ", ".join(f"w{name}_identity" for name in identities)
