@@ -15,6 +15,7 @@ ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}  # our n
 # Options of the architecture that a peer does not offer: name -> the only value that it implements.
 GPT2 = dict(n_kv_head=None, norm="layernorm", pos="learned", parallel=False, share_layers=False, causal=True)
 GPT2 |= dict(attn_skip=True, mlp_skip=True, n_expert=0, wk_identity=False, wv_identity=False)
+GPT2 |= dict(share_kv=False, qk_norm=False)
 NANOGPT = GPT2 | dict(tie_weights=True, activation="gelu", mlp_ratio=4, recompute=False)
 
 
@@ -35,6 +36,10 @@ def check(peer, cfg):
             raise ValueError(
                 f"--peer={peer} needs {name}={value}, got {getattr(cfg, name)}: leave the option or the peer out"
             )
+    if cfg.activation not in ACTIVATIONS:
+        raise ValueError(
+            f"--peer={peer} needs activation={' or '.join(ACTIVATIONS)}, got {cfg.activation}: leave it or the peer out"
+        )
 
 
 class HuggingFaceGPT2(nn.Module):

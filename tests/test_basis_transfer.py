@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import configurator
 from engine import checkpoint
 from model import ACTIVATIONS
 from theory import basis_transfer as bt
@@ -23,7 +25,7 @@ SMALL = dict(
     h=(12,), seeds=(0,), steps=60, batch=32, linear_samples=5000, test_samples=500, dtype="float32", device="cpu"
 )
 QUICK = Path(bt.configurator.ROOT) / "config/basis_transfer_quick.py"
-activations = st.sampled_from(tuple(ACTIVATIONS))
+activations = st.sampled_from(typing.get_args(configurator.field_types(bt.BasisTransferConfig)["activation"]))
 seeds = st.integers(0, 2**31)
 
 
