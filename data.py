@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 from engine.files import read_json, sha256_of, write_atomically, write_json
-from train_config import TrainConfig
 
 MANIFEST_VERSION = 1
 SPLITS = ("train", "val")
@@ -34,13 +33,14 @@ class TokenBins:
     fingerprint: str  # names the data: equal fingerprints, equal tokens
 
 
-def with_vocabulary(values):
+def with_vocabulary(values, defaults):
     """values, name -> value of TrainConfig's fields, with the vocab_size of their data where they have none.
 
-    That is the number of its tokens, and of the mask for objective=mlm, padded to a multiple of 64, which is faster.
-    Unchanged where there is no data yet.
+    defaults: the class TrainConfig (preparing data imports this module, and no torch). The vocabulary is the data's
+    tokens, and a mask for objective=mlm, padded to a multiple of 64, which is faster. Unchanged where there is no data
+    yet.
     """
-    folder = Path(values.get("data_dir", TrainConfig.data_dir)) / values.get("dataset", TrainConfig.dataset)
+    folder = Path(values.get("data_dir", defaults.data_dir)) / values.get("dataset", defaults.dataset)
     if "vocab_size" in values or not (folder / "train.bin").is_file():
         return values
     needed = manifest_of(folder, say=lambda text: None)["vocab_size"] + (values.get("objective") == "mlm")

@@ -277,7 +277,7 @@ def train(cfg, stop=None):
 
 def main(argv, began=None):
     """The command; see the module's docstring. began: the time.monotonic() from which max_seconds counts; None: now."""
-    cfg = TrainConfig(**data.with_vocabulary(resuming.options(argv, usage=__doc__)))
+    cfg = TrainConfig(**data.with_vocabulary(resuming.options(argv, usage=__doc__), TrainConfig))
     stop = StopSignal(cfg.max_seconds, began)
     result = train(cfg, stop)
     distributed.shutdown()

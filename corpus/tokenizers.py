@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from corpus.kinds import first_line
-from engine import run_files
 from engine.files import read_json
 
 END_OF_TEXT = "<|endoftext|>"
@@ -176,6 +175,8 @@ def tokenizer_of(path, name, vocab_size):
 
     Raises ValueError when neither is known, when they differ, and when it has more tokens than the model's vocab_size.
     """
+    from engine import run_files  # which imports torch
+
     run_file = path.parent / run_files.FACTS
     data = (read_json(run_file) or {}).get("data")
     data = data if isinstance(data, dict) else {}

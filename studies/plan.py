@@ -138,7 +138,7 @@ def planned_run(folder, entry, seed):
         if given.get("init_from", resuming.SCRATCH) != resuming.SCRATCH:
             base |= checkpoint.model_options(given["init_from"])
         values = configurator.read(TrainConfig, arguments, base=base)
-        config = TrainConfig(**data.with_vocabulary(values))
+        config = TrainConfig(**data.with_vocabulary(values, TrainConfig))
     except ValueError as error:
         raise ValueError(f"{entry['name']}: {error}") from error
     if "vocab_size" not in values and config.vocab_size != TrainConfig.vocab_size:

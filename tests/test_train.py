@@ -209,7 +209,7 @@ def test_a_command_takes_the_vocabulary_of_the_data_unless_one_is_given(tiny, mo
     assert vocabulary(out_dir="larger") == 64
     assert vocabulary("--objective=mlm", "--causal=False", out_dir="masked") == 128  # and a mask
     assert vocabulary("--resume", "--max_iters=2", out_dir="own") == 64
-    planned = data.with_vocabulary({"dataset": "none"})
+    planned = data.with_vocabulary({"dataset": "none"}, train.TrainConfig)
     assert planned == {"dataset": "none"}
 
 

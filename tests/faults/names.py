@@ -16,7 +16,8 @@ NAMES = [
     *("x" * 200, "é" * 110, " ", "a  b", " a", "...", "{n_embd}", "%s%n", "=cmd()", "*", "^", "--", "x,y", "a;b"),
 ]
 GROUP = 5  # names in a report
-TAGS = "html head meta title style body h1 h2 p ul li table thead tbody tr th td figure img figcaption pre code".split()
+TAGS = "html head meta title style body h1 h2 h3 div p ul li table thead tbody tr th td figure img".split()
+TAGS += "figcaption pre code".split()
 ATTRIBUTES = {"lang", "charset", "name", "content", "class", "alt", "src"}
 CELL = re.compile(r"(?:\\.|[^|\\])*\|")  # of a row of a Markdown table; a backslash takes a character's meaning
 
