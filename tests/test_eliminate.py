@@ -211,6 +211,7 @@ def test_nothing_is_overwritten(trained, refuses):
         (dict(), ["--heads", "--which=v"], ["heads=True acts on W_Q and W_V of all layers", "at their defaults"]),
         (dict(), ["--triangular"], ["triangular=True acts on one layer", "--layer"]),
         (dict(norm="dyt"), ["--triangular", "--layer=0"], ["norm=dyt"]),
+        (dict(qk_norm=True), ["--approximate"], ["qk_norm=True"]),
         (dict(), ["--heads", "--max_cond=1.5"], ["layer 0, W_Q", "badly conditioned", "max_cond=1.5", "--rows=chosen"]),
         (dict(), ["--rows=chosen"], ["rows=chosen", "heads=True"]),
         (dict(pos="rope", wv_identity=True), ["--heads"], ["neither W_Q nor W_V"]),
@@ -221,6 +222,9 @@ def test_what_cannot_be_rewritten_ends_in_one_line(trained, refuses, changes, ar
     trained(**changes, max_iters=1)
     refuses(eliminate.main, "--ckpt=out/run/ckpt.pt", "--out=out/new/ckpt.pt", *arguments, words=words)
     assert not Path("out/new").exists()
+
+
+MODERN = dict(norm="rmsnorm", pos="rope", qk_norm=True, mlp_skip=True)
 
 
 @pytest.mark.parametrize("max_iters", [1, 200])
@@ -254,6 +258,13 @@ def test_another_attention_in_the_code_is_refused(trained, refuses, monkeypatch,
         (dict(norm="dyt", mlp_skip=True, n_kv_head=1), ["--heads"], "of W_Q and W_V are I: 256 parameters are known"),
         (dict(norm="layernorm", mlp_skip=True), ["--heads", "--rows=chosen"], "the chosen 8 rows of each head of W_Q"),
         (dict(norm="rmsnorm", mlp_skip=True, pos="rope"), ["--heads"], "of W_V are I: 256 parameters are known"),
+        (
+            dict(MODERN, activation="relu_squared"),
+            ["--heads", "--rows=chosen"],
+            "of W_V are I: 256 parameters are known",
+        ),
+        (dict(MODERN, wq_identity=True, query_residual="mlp"), ["--heads"], "of W_V are I: 256 parameters are known"),
+        (dict(MODERN, activation="swiglu"), ["--triangular", "--layer=1"], "120 of its 256 parameters are 0"),
         (dict(norm="layernorm", mlp_skip=True), ["--triangular", "--layer=1"], "120 of its 256 parameters are 0"),
         (dict(pos="rope"), ["--gauge=balanced"], "W_Q = I by Theorem 4.1"),
         (dict(wq_identity=True, query_residual="linear"), ["--which=q"], "W_Q = I by Theorem 4.1"),
@@ -267,16 +278,13 @@ def test_what_is_exact_in_models_with_norms(trained, command, changes, arguments
     assert line in out
     new = checkpoint.load("out/new/ckpt.pt")
     options = {name: value for name, value in new["model_config"].items() if value != getattr(cfg, name)}
-    assert (
-        options
-        == {
-            "--heads": {},
-            "--triangular": {"norm": "rmsnorm", "tie_weights": False},
-            "--gauge=balanced": {"wq_identity": True},
-            "--gauge=orthonormal": {"wk_identity": True},
-            "--which=q": {"query_residual": None},
-        }[arguments[0]]
-    )
+    assert {"norm": cfg.norm} | options == {"norm": cfg.norm} | {
+        "--heads": {},
+        "--triangular": {"norm": "rmsnorm", "tie_weights": False},
+        "--gauge=balanced": {"wq_identity": True},
+        "--gauge=orthonormal": {"wk_identity": True},
+        "--which=q": {"query_residual": None},
+    }[arguments[0]]
     after = validation_loss(dataclasses.replace(cfg, **options), "out/new/ckpt.pt")
     assert after == pytest.approx(validation_loss(cfg, "out/run/ckpt.pt"), abs=1e-3)
     assert new["eliminated"]["heads"] == ("--heads" in arguments)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from random_models import ATTENTION_SKIP_ONLY, EXACT, SMALL, attention, conditioned, difference, normal, random_model
 
 from theory import gauge, reparametrize
-from theory.weights import read_weights
+from theory.weights import OPTIONS_OF_HEADS, read_weights
 
 
 @pytest.mark.parametrize("n_kv_head", [4, 2, 1])
@@ -50,6 +50,13 @@ def test_proposition_4_2_balanced_heads_have_equal_gram_matrices_and_one_form(n_
         torch.testing.assert_close(other[name], tensor, rtol=1e-8, atol=1e-8)
 
 
+OTHER_QUERIES = (
+    {},
+    {"query_residual": "linear"},
+    {"query_residual": "mlp"},
+    {"query_rotation": True},
+    {"wq_identity_from": 1},
+)
 CHOICES = dict(
     n_head=st.sampled_from([1, 2, 4]),
     n_kv_head=st.sampled_from([None, 1]),
@@ -63,12 +70,24 @@ CHOICES = dict(
     tie_weights=st.booleans(),
     causal=st.booleans(),
     n_expert=st.sampled_from([0, 2]),
+    activation=st.sampled_from(["gelu", "gelu_tanh", "relu", "relu_squared", "swiglu"]),
+    qk_norm=st.booleans(),
+    attn_logit_std=st.sampled_from([None, None, 0.4]),
+    query=st.sampled_from([{}, {}, *({"wq_identity": True, **query} for query in OTHER_QUERIES)]),
 )
 
 
 def chosen_model(choice, seed):
-    choice = dict(choice)
+    """A model of these options, but for those that do not go with others."""
+    choice = {**choice, **choice["query"]}
+    del choice["query"]
     choice["n_embd"] = choice["n_head"] * choice.pop("d_k")
+    if choice["n_expert"] and choice["activation"] == "swiglu":
+        choice["activation"] = "gelu"
+    if choice["norm"] in ("dyt", "none"):
+        choice["attn_logit_std"] = None
+    if choice["n_layer"] == 1 or choice["share_layers"]:
+        choice.pop("wq_identity_from", None)
     return random_model(seed=seed, cond=30, **dict(SMALL, **choice))
 
 
@@ -79,9 +98,11 @@ def test_d_k_rows_of_each_head_become_the_identity_in_any_model(choice, seed, ro
     config = model.config
     found, conditions = gauge.identity_in_heads(model, rows)
     assert difference(model, found) < EXACT * max(1.0, max(conditions.values()) / 1e3)
-    assert {name for _, name in conditions} == ({"v"} if config.pos == "rope" else {"q", "v"})
+    is_free = not (config.pos == "rope" or config.qk_norm or config.wq_identity)
+    assert {name for _, name in conditions} == ({"q", "v"} if is_free else {"v"})
+    assert found.config == config
     known = 0
-    for number, block in enumerate(read_weights(found).blocks):
+    for number, block in enumerate(read_weights(found, OPTIONS_OF_HEADS).blocks):
         for name in "qv":
             if (number, name) in conditions:
                 for head in gauge.split_heads(block[name].weight, config.kv_heads):
@@ -108,11 +129,16 @@ def test_d_k_rows_of_each_head_become_the_identity_in_any_model(choice, seed, ro
 def test_a_change_of_gauge_keeps_the_logits_and_has_the_form_that_it_names(choice, seed, which, name):
     model = chosen_model(choice, seed)
     config = model.config
+    if which != "v" and (config.wq_identity or config.qk_norm):
+        with pytest.raises(ValueError, match="both identities and qk_norm False"):
+            gauge.change_gauge(model, name, which)
+        return
     found = gauge.change_gauge(model, name, which)
     assert difference(model, found) < EXACT
     assert found.config == config
     rotary = config.pos == "rope" and which != "v"
-    for before, block in zip(read_weights(model).blocks, read_weights(found).blocks, strict=True):
+    both = (read_weights(m, OPTIONS_OF_HEADS).blocks for m in (model, found))
+    for before, block in zip(*both, strict=True):
         shared = "v" if which == "v" else "k"
         many = block["o"].weight.T if which == "v" else block["q"].weight
         pair = (
@@ -201,5 +227,7 @@ def test_a_gauge_that_cannot_be_changed_is_refused(changes, is_singular, words):
 def test_heads_without_freedom_are_refused():
     with pytest.raises(ValueError, match=r"wv_identity=True.*neither W_Q nor W_V"):
         gauge.identity_in_heads(random_model(**dict(SMALL, wv_identity=True, pos="rope")))
+    with pytest.raises(ValueError, match="share_kv=False, got True"):
+        gauge.identity_in_heads(random_model(**dict(SMALL, share_kv=True)))
     with pytest.raises(ValueError, match="W_V and W_O needs wv_identity=False"):
         gauge.change_gauge(random_model(**dict(SMALL, wv_identity=True)), which="v")

@@ -20,6 +20,8 @@ CHOICES = dict(
     causal=st.booleans(),
     n_expert=st.sampled_from([0, 2]),
     bias=st.booleans(),
+    qk_norm=st.booleans(),
+    activation=st.sampled_from(["gelu", "relu_squared"]),
 )
 
 

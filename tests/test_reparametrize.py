@@ -70,6 +70,15 @@ def test_proposition_4_1_does_not_hold_with_rotary_positions():
     assert difference(model, reduced) > 1e-3
 
 
+@pytest.mark.parametrize("which", "qk")
+def test_proposition_4_1_does_not_hold_with_normalised_queries_and_keys(which):
+    model = random_model(**dict(SMALL, n_head=1, norm="layernorm", qk_norm=True))
+    with pytest.raises(ValueError, match="Remark 5"):
+        eliminate(model, which)
+    assert reparametrize.covering_result(model, "v") == "Remark 1"
+    assert reparametrize.covering_result(random_model(**dict(SMALL, n_head=1, qk_norm=True)), which, 0) == "Lemma 8.4"
+
+
 @pytest.mark.parametrize("pos", ["learned", "rope"])
 def test_remark_1_the_value_and_output_matrices_of_a_single_head_are_one(pos):
     model = random_model(cond=1e12, **dict(SMALL, n_head=1, norm="rmsnorm", pos=pos), bias=True)
@@ -92,6 +101,7 @@ def sizes(seed):
 
     n_head = pick(2, 3, 4)
     n_embd = n_head * pick(4, 6, 8)
+    n_expert = pick(0, 0, 3)
     return dict(
         block_size=pick(7, 12),
         vocab_size=pick(11, 40),
@@ -99,12 +109,13 @@ def sizes(seed):
         n_embd=n_embd,
         n_layer=pick(1, 2, 3, 5),
         mlp_ratio=pick(1.5, 2.0, 4.0),
-        activation=pick("gelu", "relu", "gelu_tanh"),
+        activation=pick("gelu", "relu", "gelu_tanh", "relu_squared", "relu" if n_expert else "swiglu"),
         causal=pick(True, False),
         attn_scale=pick(0.5, 1.0),
         pos=pick("learned", "rope", "none"),
-        n_expert=pick(0, 0, 3),
+        n_expert=n_expert,
         n_kv_head=pick(None, 1),
+        qk_norm=pick(False, True),
         norm="none",
     )
 

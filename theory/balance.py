@@ -19,7 +19,7 @@ from engine import checkpoint, run_files
 from model import GPT, GPTConfig
 from studies import page
 from theory import gauge
-from theory.weights import read_weights
+from theory.weights import OPTIONS_OF_HEADS, read_weights
 
 COLUMNS = ["step", "W_Q and W_K: mean", "largest", "W_V and W_O: mean", "largest"]
 
@@ -42,7 +42,7 @@ def imbalance(model, pair):
     """
     gauge.check_pair(model.config, pair[0])
     n_kv_head, found = model.config.kv_heads, []
-    for block in read_weights(model).blocks:
+    for block in read_weights(model, OPTIONS_OF_HEADS).blocks:
         many, shared = (
             (block["o"].weight.T, block["v"].weight) if pair == "vo" else (block["q"].weight, block["k"].weight)
         )
@@ -74,7 +74,7 @@ def table(models):
     free = [pair for pair in ("qk", "vo") if gauge.is_free(models[0][1].config, pair[0])]
     if not free:
         raise ValueError(
-            "wq_identity or wk_identity, and wv_identity are True: no head has a pair that could be in balance"
+            "wq_identity, wk_identity or qk_norm, and wv_identity are True: no head has a pair that could be in balance"
         )
     rows = []
     for step, model in models:

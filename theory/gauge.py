@@ -16,7 +16,7 @@ Matrices are in the paper's orientation, Y = XW with W of shape (in, out); d is 
 
 import torch
 
-from theory.weights import Affine, build_model, condition_number, has_full_rank, read_weights
+from theory.weights import OPTIONS_OF_HEADS, Affine, build_model, condition_number, has_full_rank, read_weights
 
 
 def apply_gauge(w_many, w_shared, gauge):
@@ -120,7 +120,7 @@ def change_gauge(model, gauge="balanced", which="q"):
             return orthonormal(stack_groups(many, shared, config.kv_heads))
         return torch.linalg.inv(orthonormal(split_heads(shared, config.kv_heads))).mT
 
-    weights = read_weights(model)
+    weights = read_weights(model, OPTIONS_OF_HEADS)
     for number, block in enumerate(weights.blocks):
         change_block(number, block, which, blocks_of)
     return build_model(weights, config, model)
@@ -132,21 +132,22 @@ ROWS = ("top", "chosen")
 def identity_in_heads(model, rows="top"):
     """A GPT with the same logits in which d_k rows of each head of W_Q and of W_V become I, and the conditions.
 
-    Any norm, skips and depth. W_Q's stay where the gauge is not free: with rotary positions, W_Q = I or W_K = I; W_V's
-    with W_V = I. Of query heads that share a key head, the first. rows: 'top', the first d_k rows, or 'chosen', those
-    of each head that `pivot_rows` finds. What is I need not be stored: n_kv_head·d_k² numbers a layer for each of the
-    two, d·d_k without shared heads (the chosen rows' indices, n_kv_head·d_k a layer, are needed then). Returns (GPT,
-    {(layer, 'q' or 'v'): the largest condition number of the rows that were inverted}). Raises ValueError where neither
-    is free, and for singular rows.
+    Any norm, skips, MLPs and depth. W_Q's rows stay where the gauge is not free: with rotary positions, qk_norm, W_K =
+    I or queries that are not X·W_Q; those of W_V with W_V = I. Of query heads that share a key head, the first has I.
+    rows: 'top', the first d_k rows, or 'chosen', those that `pivot_rows` finds for each head. What is I need not be
+    stored: n_kv_head·d_k² numbers a layer for each of the two, d·d_k without shared heads (for the chosen rows,
+    n_kv_head·d_k indices are needed then). Returns (GPT, {(layer, 'q' or 'v'): the largest condition number of the rows
+    that were inverted}). Raises ValueError where neither is free, and for singular rows.
     """
     config = model.config
     which = [name for name in "qv" if is_free(config, name) and not (name == "q" and config.pos == "rope")]
     if not which:
         raise ValueError(
             f"wv_identity={config.wv_identity}, wq_identity={config.wq_identity}, wk_identity={config.wk_identity}, "
-            f"pos={config.pos}: neither W_Q nor W_V has a free gauge, so no row of them can become I"
+            f"qk_norm={config.qk_norm}, pos={config.pos}: neither W_Q nor W_V has a free gauge, so no row of them can "
+            "become I"
         )
-    weights, conditions = read_weights(model), {}
+    weights, conditions = read_weights(model, OPTIONS_OF_HEADS), {}
     head, eye = torch.arange(config.kv_heads)[:, None], torch.eye(config.d_k, dtype=torch.float64)
     for number, block in enumerate(weights.blocks):
         for name in which:
@@ -178,17 +179,23 @@ def pivot_rows(heads):
 
 
 def is_free(config, which):
-    """Whether neither matrix of the pair of W_Q, W_K or W_V is fixed to the identity."""
-    return not config.wv_identity if which == "v" else not (config.wq_identity or config.wk_identity)
+    """Whether neither matrix of the pair of W_Q, W_K or W_V is fixed to the identity, nor their products normalised."""
+    if which == "v":
+        return not config.wv_identity
+    return not (config.wq_identity or config.wk_identity or config.qk_norm)
 
 
 def check_pair(config, which):
     """Raise ValueError unless the gauge of the pair of `which` is free."""
     if not is_free(config, which):
-        pair = "W_V and W_O needs wv_identity=False" if which == "v" else "W_Q and W_K needs both identities False"
+        pair = (
+            "W_V and W_O needs wv_identity=False"
+            if which == "v"
+            else "W_Q and W_K needs both identities and qk_norm False"
+        )
         raise ValueError(
             f"the gauge of {pair}, got wq_identity={config.wq_identity}, wk_identity={config.wk_identity}, "
-            f"wv_identity={config.wv_identity}"
+            f"wv_identity={config.wv_identity}, qk_norm={config.qk_norm}"
         )
 
 

@@ -59,7 +59,7 @@ def merge_query_into_key(w_q, w_k):
 
     XW_Q(XW_K)ᵀ = X(XW_KW_Qᵀ)ᵀ: no inverse is needed, and nothing outside attention changes, so any norm and skips are
     allowed. Rotary positions are not: the scores are then XW_Q·R·(XW_K)ᵀ with another rotation R for each pair of
-    positions, and no single W̃_K gives all of them.
+    positions, and no single W̃_K gives all of them. Nor are normalised queries and keys (qk_norm).
     """
     return w_k @ w_q.T
 
@@ -121,18 +121,18 @@ def covering_result(model, which="q", layer=None):
             f"W_{which.upper()} is not square (n_kv_head={config.n_kv_head}, n_head={config.n_head}), so it cannot be "
             "the identity: with grouped-query heads only which=q is possible"
         )
-    rotated = config.pos == "rope" and which != "v"
+    altered = (config.pos == "rope" or config.qk_norm) and which != "v"  # what is between X·W_Q and the scores
     # A single head has the scores (XW_Q + b_Q)(XW_K + b_K)ᵀ. Softmax ignores terms that are the same for all keys, but
     # not b_Q(XW_K)ᵀ. With W_K = I it comes from the new query bias b_QW_Kᵀ; with W_Q = I no parameter can give it.
     biased = which == "q" and config.bias and any(has_query_bias(blocks[i]) for i in block_numbers(blocks, layer))
-    if config.n_head == 1 and not rotated and not biased and not (which != "v" and {*identities} & {*"qk"}):
+    if config.n_head == 1 and not altered and not biased and not (which != "v" and {*identities} & {*"qk"}):
         return "Remark 1" if which == "v" else "Proposition 4.1"
     if config.norm != "none":
         approximately = ", or rewrite it with --approximate and fine-tune" if which == "q" else ""
         basis, exact = "only an orthogonal change of basis passes", "and --triangular --layer=… are exact"
         if config.norm == "dyt":
             basis, exact = "only permutations and changes of sign pass", "is exact"
-        part = "of W_V" if config.pos == "rope" else "of W_Q and of W_V"
+        part = "of W_V" if config.pos == "rope" or config.qk_norm else "of W_Q and of W_V"
         raise ValueError(
             f"norm={config.norm}: {basis} through a norm exactly (Remark 5), so W_{which.upper()} cannot be removed "
             f"from these weights; --heads, with which a part {part} becomes I, {exact}; or use a model with norm=none, "
@@ -183,7 +183,7 @@ def eliminate(model, which="q", layer=None, max_cond=MAX_COND):
     `covering_result` tells which result applies:
 
     - Proposition 4.1 and Remark 1: a single head; any norm, skips and depth. W_Q and W_K are merged (not with rotary
-      positions, and for which='q' not with a query bias), or W_V and W_O. Nothing is inverted.
+      positions or qk_norm, and for which='q' not with a query bias), or W_V and W_O. Nothing is inverted.
     - Theorem 4.1: norm='none' and a skip connection around attention only. Each layer has its own Θ. A tied model stays
       tied, with Θ_{L+1} = Θ_1⁻ᵀ at the end of the stream; in an untied one Θ_{L+1} = I. The same proof covers models
       with a skip connection around the MLP only or with none, sequential or parallel, where fewer bases must be equal.

@@ -243,6 +243,10 @@ def check_keys_can_be_fitted(model):
     for name in ("wq_identity", "wk_identity"):
         if getattr(config, name):
             raise ValueError(f"{name} must be False, got True: use a model with W_Q and W_K, such as a baseline")
+    if config.qk_norm:
+        raise ValueError(
+            "qk_norm=True normalises queries and keys, and W_K is fitted without that: use a model without"
+        )
     if config.pos == "rope":
         raise ValueError(
             "pos=rope rotates queries and keys by their distance, and no single W_K fits all distances: use a model "

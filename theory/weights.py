@@ -19,14 +19,21 @@ ANY_VALUE = (
 )
 # The options of GPTConfig that the results take into account: None for any value, or those that they cover or refuse.
 OPTIONS = dict.fromkeys(ANY_VALUE.split()) | {
-    "activation": ("gelu", "gelu_tanh", "relu"),
+    "activation": ("gelu", "gelu_tanh", "relu", "relu_squared", "swiglu"),
     "norm": ("layernorm", "rmsnorm", "dyt", "none"),
     "pos": ("learned", "rope", "none"),
     "query_residual": (None,),
-    **dict.fromkeys(("query_rotation", "wq_identity_from", "share_kv", "qk_norm"), (False,)),
+    **dict.fromkeys(("query_rotation", "wq_identity_from", "share_kv"), (False,)),
+    "qk_norm": (False, True),
     "attn_logit_std": (None,),
 }
-ROTARY = ("rotary.cos", "rotary.sin")  # buffers of attention, which follow from the options
+# Those of a gauge: it changes nothing outside the heads, and of queries that are not X·W_Q it changes nothing at all.
+OPTIONS_OF_HEADS = OPTIONS | {
+    "query_residual": (None, "linear", "mlp"),
+    **dict.fromkeys(("query_rotation", "wq_identity_from", "attn_logit_std")),
+}
+BUFFERS = ("rotary.cos", "rotary.sin", "attn.rotation")  # of attention, which follow from the options
+KEPT = (".ln_", ".residual_")  # in names of parameters that are no part of Weights
 
 
 class Affine(NamedTuple):
@@ -46,24 +53,24 @@ class Weights:
     blocks: list[dict[str, Affine]]  # 'q', 'k', 'v' (without identity projections), 'o', 'router' (MoE), 'up', 'down'
 
 
-def check_known(model):
+def check_known(model, options=OPTIONS):
     """Raise ValueError, with the name, for a GPT with an option or a parameter that is not known here."""
-    check_options(model.config)
+    check_options(model.config, options)
     check_parameters(model)
 
 
-def check_options(config):
-    """Raise ValueError, with the option and its value, for a GPTConfig with an option or a value not in OPTIONS."""
+def check_options(config, options=OPTIONS):
+    """Raise ValueError, with the option and its value, for a GPTConfig with an option or a value not in options."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name not in OPTIONS:
+        if field.name not in options:
             given = "at its default" if value == field.default else f"not at its default, {field.default}"
             raise ValueError(
                 f"theory/ must know every option of the model, got {field.name}={value}, {given}: say in "
                 "theory/weights.py, OPTIONS, that its results hold with it, or use a model without this option"
             )
-        if OPTIONS[field.name] and value not in OPTIONS[field.name]:
-            known = ", ".join(map(str, OPTIONS[field.name]))
+        if options[field.name] and value not in options[field.name]:
+            known = ", ".join(map(str, options[field.name]))
             raise ValueError(
                 f"theory/ knows {field.name}={known}, got {value}: say in theory/weights.py, OPTIONS, that its results "
                 "hold with it, or use a model with another value"
@@ -95,42 +102,59 @@ def in_older_options(model):
 
 def known_shapes(config, n_block):
     """{name: shape} of every parameter of a GPT with n_block blocks, as its state dict has them."""
-    d, kv_width, hidden = config.n_embd, config.kv_heads * config.d_k, config.mlp_hidden * max(1, config.n_expert)
-    widths = (
-        0 if config.wq_identity else d,
-        0 if config.wk_identity else kv_width,
-        0 if config.wv_identity else kv_width,
-    )
-    norm = {
+    d, norm = config.n_embd, norm_shapes(config)
+    shapes = {"transformer.wte.weight": (config.vocab_size, d), "lm_head.weight": (config.vocab_size, d)}
+    if config.pos == "learned":
+        shapes["transformer.wpe.weight"] = (config.block_size, d)
+    shapes |= {f"transformer.ln_f.{name}": shape for name, shape in norm.items()}
+    for layer in range(n_block):
+        block = block_shapes(config, config.query(layer))
+        for place in ("ln_1",) if config.parallel else ("ln_1", "ln_2"):
+            block |= {f"{place}.{name}": shape for name, shape in norm.items()}
+        shapes |= {f"transformer.h.{layer}.{name}": shape for name, shape in block.items()}
+    return shapes
+
+
+def norm_shapes(config):
+    """{name: shape} of the parameters of a norm."""
+    d = config.n_embd
+    return {
         "layernorm": {"weight": (d,), "bias": (d,)} if config.bias else {"weight": (d,)},
         "rmsnorm": {"weight": (d,)},
         "dyt": {"weight": (d,), "bias": (d,), "alpha": (1,)},
         "none": {},
     }[config.norm]
+
+
+def block_shapes(config, query):
+    """{name: shape} of the parameters of a block but for its norms; query: as of `GPTConfig.query`."""
+    d, kv_width, n_mlp = config.n_embd, config.kv_heads * config.d_k, max(1, config.n_expert)
+    q_width = d if query in ("trained", "linear") else 0
+    k_width, v_width = (0 if is_identity else kv_width for is_identity in (config.wk_identity, config.wv_identity))
     linear = {
-        "attn.c_attn": (sum(widths), d),
+        "attn.c_attn": (q_width + k_width + v_width, d),
         "attn.c_proj": (d, d),
-        "mlp.c_fc": (hidden, d),
-        "mlp.c_proj": (d, hidden),
+        "mlp.c_fc": (config.fc_width * n_mlp, d),
+        "mlp.c_proj": (d, config.mlp_hidden * n_mlp),
     }
+    if query == "mlp":
+        linear |= {"attn.residual_in": (d // 2, d), "attn.residual_out": (d, d // 2)}
     block = {f"{layer}.weight": shape for layer, shape in linear.items()}
+    if query == "mlp":
+        block |= {f"attn.residual_{norm}.weight": (d,) for norm in ("rmsnorm_input", "layernorm_output")}
     if config.bias:
         block |= {f"{layer}.bias": shape[:1] for layer, shape in linear.items()}
+        if query == "mlp":
+            block["attn.residual_layernorm_output.bias"] = (d,)
     if config.n_expert:
         block["mlp.router.weight"] = (config.n_expert, d)
-    for place in ("ln_1",) if config.parallel else ("ln_1", "ln_2"):
-        block |= {f"{place}.{name}": shape for name, shape in norm.items()}
-    shapes = {"transformer.wte.weight": (config.vocab_size, d), "lm_head.weight": (config.vocab_size, d)}
-    if config.pos == "learned":
-        shapes["transformer.wpe.weight"] = (config.block_size, d)
-    shapes |= {f"transformer.ln_f.{name}": shape for name, shape in norm.items()}
-    return shapes | {f"transformer.h.{i}.{name}": shape for i in range(n_block) for name, shape in block.items()}
+    return block
 
 
 def check_parameters(model):
     """Raise ValueError, with the name, unless a GPT has the parameters of `known_shapes` and no others, nor buffers."""
     known, state = known_shapes(model.config, len(model.transformer.h)), model.state_dict()
-    buffers = [name for name, _ in model.named_buffers() if not name.endswith(ROTARY)]
+    buffers = [name for name, _ in model.named_buffers() if not name.endswith(BUFFERS)]
     for name in [*state, *buffers]:
         if name not in known:
             raise ValueError(
@@ -146,13 +170,13 @@ def check_parameters(model):
             )
 
 
-def read_weights(model):
+def read_weights(model, options=OPTIONS):
     """The Weights of a GPT. They may share memory with the model: replace entries, never change them in place.
 
-    Raises ValueError, with the name, for an option or a parameter that is not known here (`check_known`), and for a
-    weight that is not finite.
+    options: OPTIONS, or those of what the caller does. Raises ValueError, with the name, for an option or a parameter
+    that is not known here (`check_known`), and for a weight that is not finite.
     """
-    check_known(model)
+    check_known(model, options)
     state = {name: tensor.detach().double() for name, tensor in model.state_dict().items()}
     for name, tensor in state.items():
         if not tensor.isfinite().all():
@@ -175,12 +199,13 @@ def read_weights(model):
 
 
 def build_model(weights, config, like, unit_norms=False):
-    """A GPT with this config and these Weights; norms, dtype, device and mode are those of the GPT `like`.
+    """A GPT with this config and these Weights; other parameters, dtype, device and mode are those of the GPT `like`.
 
     unit_norms: the norms are those of a new model, with gains of 1 and without shifts. Raises ValueError if weights
     have a non-zero bias where a GPT with this config has none.
     """
-    state = {} if unit_norms else {name: tensor for name, tensor in like.state_dict().items() if ".ln_" in name}
+    kept = () if unit_norms else KEPT
+    state = {name: tensor for name, tensor in like.state_dict().items() if any(part in name for part in kept)}
 
     def put(name, layer, bias):
         state[f"{name}.weight"] = layer.weight.T
