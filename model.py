@@ -411,7 +411,8 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
-        self.draw_weights(key)
+        if not key.is_meta:
+            self.draw_weights(key)
 
     @torch.no_grad()
     def draw_weights(self, key):

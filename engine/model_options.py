@@ -1,7 +1,15 @@
 """Which options of a model go together."""
 
+import functools
 import math
 import typing
+
+
+@functools.cache
+def _choices(schema):
+    """name -> the values that it may have, for each field of a dataclass that is a Literal."""
+    hints = typing.get_type_hints(schema).items()
+    return {name: typing.get_args(kind) for name, kind in hints if typing.get_origin(kind) is typing.Literal}
 
 
 def check(config):
@@ -11,9 +19,8 @@ def check(config):
         value = getattr(config, name)
         if not (0 < value < math.inf or (value == 0 and name not in positive)):  # nan is neither
             raise ValueError(f"{name} must be {'positive' if name in positive else 'zero or positive'}, got {value}")
-    for name, kind in typing.get_type_hints(type(config)).items():
-        choices = typing.get_args(kind)
-        if typing.get_origin(kind) is typing.Literal and getattr(config, name) not in choices:
+    for name, choices in _choices(type(config)).items():
+        if getattr(config, name) not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(config, name)!r}")
     if not 0 <= config.dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1, got {config.dropout}")
