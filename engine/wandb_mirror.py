@@ -33,7 +33,7 @@ class Mirror:
         self._try("log", lambda: self._run.log({"step": step, **_flat(kind, values)}))
 
     def summarise(self, values):
-        """Repeat summary.json, with a table of all evaluations, and the checkpoints where wandb_artifacts is set."""
+        """Repeat summary.json, with all evaluations as a table and a curve, and on request the checkpoints."""
         self._try("write its summary", lambda: self._run.summary.update(values))
         self._try("write its table", self._write_table)
         if self._sends_weights:
@@ -43,7 +43,9 @@ class Mirror:
         columns = ["step", "val_loss", "val_loss_se"]
         records = [record for record in run_files.read_metrics(self._folder) if record["kind"] == "eval"]
         rows = [[record.get(name) for name in columns] for record in records]
-        self._run.log({"evaluations": self._wandb.Table(columns=columns, data=rows)})
+        table = self._wandb.Table(columns=columns, data=rows)
+        curve = self._wandb.plot.line(table, "step", "val_loss", title="validation loss")
+        self._run.log({"evaluations": table, "loss curve": curve})
 
     def _send_weights(self):
         artifact = self._wandb.Artifact(self._name, type="model")

@@ -153,7 +153,7 @@ class BrokenWandb(types.ModuleType):
     def __init__(self, broken):
         super().__init__("wandb")
         self.broken = broken
-        self.summary = self
+        self.summary = self.plot = self
 
     def init(self, **_):
         self.fail("init")
@@ -169,6 +169,9 @@ class BrokenWandb(types.ModuleType):
         return self
 
     def Artifact(self, *_, **__):  # noqa: N802
+        return self
+
+    def line(self, *_, **__):
         return self
 
     def add_file(self, path):

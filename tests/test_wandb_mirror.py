@@ -70,6 +70,7 @@ def test_a_run_is_there_with_what_it_is(tiny, monkeypatch, tmp_path):
     assert float(found["val_loss"]) == pytest.approx(summary["val_loss"])
     assert {row["step"] for row in history if "train/loss" in row} == {str(step) for step in range(1, 11)}
     assert any("evaluations" in key for row in history for key in row)
+    assert any("loss curve" in key for row in history for key in row)
     assert {"ckpt.pt", "best.pt"} <= set(files)
     assert not list(Path("run").rglob("*.wandb"))
 
