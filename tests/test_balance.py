@@ -32,6 +32,33 @@ def test_decay_is_stationary_under_changes_of_gauge_where_the_heads_are_in_balan
             assert decay(block, pair, other) > decay(block, pair, eye)
 
 
+@pytest.mark.parametrize(("n_kv_head", "decay"), [(4, 0.0), (2, 1.0)])
+def test_gradient_descent_on_a_loss_keeps_the_imbalance_and_decay_alone_takes_it_away(n_kv_head, decay):
+    # In the limit of small steps d/dt (W_QᵀW_Q − W_KᵀW_K) = −2·decay·(W_QᵀW_Q − W_KᵀW_K), whatever the loss and norms.
+    model = random_model(cond=30, **dict(SMALL, norm="layernorm", n_layer=1, n_kv_head=n_kv_head))
+    idx = torch.randint(23, (4, 10), generator=torch.Generator().manual_seed(1))
+    rate, n_steps = 2e-3, 150
+
+    def grams():
+        """Those of W_Q and W_Oᵀ, and those of W_K and W_V, (2, n_kv_head, d_k, d_k) each."""
+        block = read_weights(model).blocks[0]
+        pairs = (block["q"].weight, block["k"].weight), (block["o"].weight.T, block["v"].weight)
+        many = torch.stack([gauge.stack_groups(*pair, n_kv_head) for pair in pairs])
+        shared = torch.stack([gauge.split_heads(pair[1], n_kv_head) for pair in pairs])
+        return many.mT @ many, shared.mT @ shared
+
+    before = grams()
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, weight_decay=decay)
+    for _ in range(n_steps):
+        optimizer.zero_grad()
+        model(idx, idx.roll(-1, 1))[1].backward()
+        optimizer.step()
+    after, kept = grams(), (1 - rate * decay) ** (2 * n_steps)
+    off = (after[0] - after[1] - kept * (before[0] - before[1])).flatten(1).norm(dim=1)
+    moved = (after[0] - kept * before[0]).flatten(1).norm(dim=1)  # by the loss
+    assert (off < 1e-3 * moved).all()
+
+
 @pytest.mark.parametrize("which", "qv")
 def test_the_balanced_gauge_is_in_balance_and_the_identity_is_not(which):
     model = random_model(cond=30, **dict(SMALL, norm="rmsnorm"))
