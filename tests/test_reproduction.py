@@ -100,7 +100,7 @@ def test_the_whole_of_it_is_resumed_and_its_bundle_gives_the_same_report(tmp_pat
     write_dataset(tmp_path / "tiny")
     monkeypatch.setattr(reproduce.Reproduction, "size", property(lambda self: size))
     monkeypatch.setattr(reproduce.Reproduction, "prepare", lambda self: None)
-    monkeypatch.setattr(reproduce.Reproduction, "measure_speed", lambda self: {"training": 800.0, "transfer": 10.0})
+    monkeypatch.setattr(reproduce.Reproduction, "measure_speed", lambda self: {"training": 500.0, "transfer": 10.0})
     monkeypatch.setattr(reproduction, "ARCHITECTURES", ("baseline_tied", "modern reduced_tied"))
     monkeypatch.setattr(reproduce.Reproduction, "transfer_options", transfer_options)
     works = reproduce.Reproduction.works
