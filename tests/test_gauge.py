@@ -59,7 +59,7 @@ OTHER_QUERIES = (
 )
 CHOICES = dict(
     n_head=st.sampled_from([1, 2, 4]),
-    n_kv_head=st.sampled_from([None, 1]),
+    n_kv_head=st.sampled_from([None, 1, 2]),
     d_k=st.sampled_from([2, 4, 6]),
     n_layer=st.integers(1, 3),
     norm=st.sampled_from(["layernorm", "rmsnorm", "dyt", "none"]),
@@ -82,6 +82,8 @@ def chosen_model(choice, seed):
     choice = {**choice, **choice["query"]}
     del choice["query"]
     choice["n_embd"] = choice["n_head"] * choice.pop("d_k")
+    if choice["n_head"] % (choice["n_kv_head"] or 1):
+        choice["n_kv_head"] = None
     if choice["n_expert"] and choice["activation"] == "swiglu":
         choice["activation"] = "gelu"
     if choice["norm"] in ("dyt", "none"):
