@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -28,7 +29,8 @@ class FakeHub(BaseHTTPRequestHandler):
     commit = "0123456789abcdef0123456789abcdef01234567"
     root: Path
     requests: list
-    broken: str | None = None  # a file whose transfer breaks off
+    broken: str | None = None  # a file whose transfer breaks off, once the client has all others
+    cache: Path  # the client's
 
     def log_message(self, *_):
         pass
@@ -70,14 +72,24 @@ class FakeHub(BaseHTTPRequestHandler):
         elif path.startswith("/datasets/me/corpus/resolve/"):
             file = self.root / path.split("/resolve/")[1].partition("/")[2]
             if file.is_file():
-                tag = self.entry(file)["oid"]
-                self.answer(file.read_bytes(), cut=self.broken in path.split("/"), ETag=f'"{tag}"')
+                tag, cut = self.entry(file)["oid"], file.name == self.broken and self.command == "GET"
+                if cut:
+                    self.wait_for_other_files()
+                self.answer(file.read_bytes(), cut=cut, ETag=f'"{tag}"')
             else:
                 self.answer({}, 404, X_Error_Code="EntryNotFound")
         else:
             self.answer({}, 404, X_Error_Code="RepoNotFound")
 
     do_HEAD = do_GET  # noqa: N815
+
+    def wait_for_other_files(self):
+        """Files are downloaded side by side: which of them is whole when one breaks off would be chance."""
+        others = {path.name for path in self.root.rglob("*.parquet")} - {self.broken}
+        deadline = time.monotonic() + 60
+        while not others <= {path.name for path in self.cache.glob("hub/**/snapshots/**/*.parquet")}:
+            assert time.monotonic() < deadline, f"the client waits for {self.broken} before it asks for {others}"
+            time.sleep(0.01)
 
 
 @contextlib.contextmanager
@@ -86,10 +98,11 @@ def served(root, texts, broken=None):
     write_shards(root / "plain_text", texts, name="train-{}.parquet")
     config = "configs:\n- config_name: plain_text\n  data_files:\n  - split: train\n    path: plain_text/train-*\n"
     (root / "README.md").write_text(f"---\n{config}---\n")
-    handler = type("Handler", (FakeHub,), {"root": root, "requests": [], "broken": broken})
+    cache = root.parent / "cache"
+    handler = type("Handler", (FakeHub,), {"root": root, "requests": [], "broken": broken, "cache": cache})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(root.parent / "cache")}
+        environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(cache)}
         environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         yield handler, environment
         server.shutdown()
