@@ -54,18 +54,19 @@ configurator.run(prepare_owt.main)
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_moments_it_ends_in_the_same_bins(tmp_path):
+@pytest.mark.parametrize("n_kills", [8, pytest.param(40, marks=pytest.mark.long)])
+def test_killed_at_many_moments_it_ends_in_the_same_bins(tmp_path, n_kills):
     texts = make_texts(12_000)
     pattern = write_shards(tmp_path / "in", texts)
     expected = reference(texts)
     out = tmp_path / "out"
     options = ["--source=files", f"--files={pattern}", "--tokenizer=bytes", "--val_fraction=0.05", f"--out_dir={out}"]
     rng, kills, places = random.Random(1), 0, set()
-    while kills < 20 or not (out / "meta.json").exists():
+    while kills < n_kills or not (out / "meta.json").exists():
         process = subprocess.Popen(
             [sys.executable, "-c", KILLED, *options], cwd=ROOT, stdout=subprocess.PIPE, text=True
         )
-        if kills < 20:
+        if kills < n_kills:
             if rng.random() < 0.8:  # while it encodes or gathers; else while it starts, too
                 while line := process.stdout.readline():
                     if line.startswith("needs"):
@@ -75,7 +76,7 @@ def test_killed_at_twenty_moments_it_ends_in_the_same_bins(tmp_path):
         output = process.communicate()[0]
         if process.returncode == 0:
             assert read_bins(out) == expected
-            if kills < 20:
+            if kills < n_kills:
                 shutil.rmtree(out)  # and once more
         else:
             assert process.returncode == -signal.SIGKILL, output
@@ -85,7 +86,7 @@ def test_killed_at_twenty_moments_it_ends_in_the_same_bins(tmp_path):
             elif (out / "unfinished" / "state.json").exists():
                 places.add(reached(out))
     assert read_bins(out) == expected
-    assert len(places) > 5, "the kills came at different places"
+    assert len(places) > n_kills // 4, "the kills came at different places"
 
 
 def test_a_damaged_file_keeps_what_was_done_and_is_resumed_when_replaced(tmp_path, refuses, command, monkeypatch):
