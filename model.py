@@ -18,6 +18,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from engine.attention import attend
+from engine.experts import active_experts, can_group
 from engine.model_options import check
 
 INITIAL_STD = 0.02  # of the weights, as in GPT-2
@@ -316,14 +317,13 @@ class MixtureOfExperts(nn.Module):
     experts are used alike (Switch Transformer, arXiv 2101.03961). Weights are probabilities, a softmax over them all.
 
     The experts stand side by side in one wide MLP: rows i·hidden to (i+1)·hidden of c_fc, and these columns of c_proj,
-    are expert i, and the router's weight multiplies its hidden units (a bias of c_proj belongs to all). So every expert
-    is computed, n_expert / n_expert_active times the operations needed, but in two large products that nothing waits
-    for.
+    are expert i, and the router's weight multiplies its hidden units (a bias of c_proj belongs to all). In bfloat16 the
+    active experts alone are computed, else all, n_expert / n_expert_active times the operations needed.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_expert, self.n_active = config.n_expert, config.n_expert_active
+        self.n_expert, self.n_active, self.can_group = config.n_expert, config.n_expert_active, can_group(config)
         self.router = nn.Linear(config.n_embd, config.n_expert, bias=False)
         self.c_fc = nn.Linear(config.n_embd, config.n_expert * config.mlp_hidden, bias=config.bias)
         self.activation = ACTIVATIONS[config.activation]()
@@ -331,10 +331,16 @@ class MixtureOfExperts(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        p = at_least_float32(self.router(x)).softmax(dim=-1)  # (B, T, n_expert)
-        chosen = torch.zeros_like(p).scatter(-1, p.topk(self.n_active, dim=-1).indices, 1.0)
+        logits = self.router(x)
+        p = at_least_float32(logits).softmax(dim=-1)  # (B, T, n_expert)
+        weight, expert = p.topk(self.n_active, dim=-1)
+        chosen = torch.zeros_like(p).scatter(-1, expert, 1.0)
         share = chosen.mean(dim=(0, 1)) / self.n_active  # (n_expert,)
         balance_loss = self.n_expert * (share * p.mean(dim=(0, 1))).sum()
+        if self.can_group and logits.dtype == torch.bfloat16:
+            c_fc = self.c_fc.weight.unflatten(0, (self.n_expert, -1)).mT  # (n_expert, n_embd, mlp_hidden)
+            c_proj = self.c_proj.weight.unflatten(1, (self.n_expert, -1)).permute(1, 2, 0)
+            return self.dropout(active_experts(x, weight, expert, c_fc, self.activation, c_proj)), balance_loss
         hidden = self.activation(self.c_fc(x)).unflatten(-1, (self.n_expert, -1))  # (B, T, n_expert, mlp_hidden)
         hidden = hidden * (p * chosen).unsqueeze(-1).type_as(hidden)
         return self.dropout(self.c_proj(hidden.flatten(-2))), balance_loss

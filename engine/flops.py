@@ -20,15 +20,16 @@ def cost(config: GPTConfig) -> Cost:
     """Count without building the model.
 
     Operations are those of the matrix products and of attention over all block_size positions (the causal half is not
-    deducted, as in the usual 6N + 12·L·d·T); a mixture of experts computes all of its experts.
+    deducted, as in the usual 6N + 12·L·d·T), and of a mixture's active experts, though outside of bfloat16 all are
+    computed.
     """
     d, biases = config.n_embd, int(config.bias)
     kv_width = config.kv_heads * config.d_k
     kv_blocks = 2 - config.wk_identity - config.wv_identity - config.share_kv
-    hidden, fc_width = (width * max(1, config.n_expert) for width in (config.mlp_hidden, config.fc_width))
-    mlp = d * (fc_width + hidden) + d * config.n_expert  # with the router
-    matrices = d * kv_blocks * kv_width + d * d + mlp  # of one layer, without queries
-    layer = matrices + biases * (kv_blocks * kv_width + d + fc_width + d)
+    n_mlp, n_active = (config.n_expert, config.n_expert_active) if config.n_expert else (1, 1)
+    mlp, router = d * (config.fc_width + config.mlp_hidden), d * config.n_expert
+    matrices = d * kv_blocks * kv_width + d * d + router  # of one layer, without queries and MLP
+    layer = matrices + n_mlp * mlp + biases * (kv_blocks * kv_width + d + n_mlp * config.fc_width + d)
     norm = {"layernorm": d * (1 + biases), "rmsnorm": d, "dyt": 2 * d + 1, "none": 0}[config.norm]
     blocks = 1 if config.share_layers else config.n_layer
     w_q, bottleneck = d * d, 2 * d * (d // 2)
@@ -46,7 +47,7 @@ def cost(config: GPTConfig) -> Cost:
     )
     norms = norm * ((1 if config.parallel else 2) * blocks + 1)
     attention = 4 * config.block_size * d  # QKᵀ and the weighted sum of V
-    products = config.n_layer * matrices + sum(product for _, product in queries)
+    products = config.n_layer * (matrices + n_active * mlp) + sum(product for _, product in queries)
     forward = 2 * products + config.n_layer * attention + 2 * d * config.vocab_size
     cache = 2 * config.n_layer * (1 if config.values_are_keys else 2) * kv_width if config.causal else 0
     return Cost(attn_mlp + embeddings + norms, attn_mlp, forward, 3 * forward, cache)

@@ -82,9 +82,9 @@ def notes(cfg, models, rows):
         ratio, lower, upper = ideal["over baseline"]
         flops = by_name["training step", "baseline"]["flops"] / ideal["flops"]
         found.append(
-            f"Mixture of experts: all {cfg.n_expert} experts are computed. A training step takes {ratio:.2f} "
-            f"[{lower:.2f}, {upper:.2f}] times as long as with an ideal MLP of only the {cfg.n_expert_active} active "
-            f"ones (mlp_ratio {cfg.mlp_ratio * cfg.n_expert_active:g}, {flops:.2f} times fewer FLOPs)."
+            f"Mixture of {cfg.n_expert} experts: a training step takes {ratio:.2f} [{lower:.2f}, {upper:.2f}] times as "
+            f"long as with an ideal MLP of only the {cfg.n_expert_active} active ones (mlp_ratio "
+            f"{cfg.mlp_ratio * cfg.n_expert_active:g}, {flops:.2f} times fewer FLOPs)."
         )
     for name in cfg.peer:
         model = models[peer.NAMES[name]]

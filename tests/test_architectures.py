@@ -177,6 +177,41 @@ def test_a_mixture_of_experts_is_the_weighted_sum_of_the_chosen_mlps(n_active):
     torch.testing.assert_close(balance_loss, balance)
 
 
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped products")
+@pytest.mark.parametrize(("n_expert", "n_active"), [(4, 1), (4, 2), (3, 3), (40, 2)])
+def test_in_bfloat16_the_active_experts_alone_are_as_exact_as_all(n_expert, n_active, monkeypatch):
+    torch.manual_seed(8)
+    options = dict(SMALL, n_embd=32, n_expert=n_expert, n_expert_active=n_active)
+    grouped = randomise(model.MixtureOfExperts(GPTConfig(**options))).bfloat16().float()
+    assert grouped.can_group
+    monkeypatch.setattr(model, "can_group", lambda config: False)
+    dense = model.MixtureOfExperts(GPTConfig(**options))
+    dense.load_state_dict(grouped.state_dict())
+    x = torch.randn(3, 12, 32).bfloat16().float()  # 36 tokens, fewer than 40 experts: some have none
+
+    def results(mixture, in_bfloat16):
+        """Output, the balance loss, and the gradients of both in the input and in each parameter."""
+        inputs = x.clone().requires_grad_()
+        mixture.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
+            out, balance_loss = mixture(inputs)
+        (out.float().square().sum() + balance_loss).backward()
+        return [out, balance_loss, inputs.grad, *(parameter.grad.clone() for parameter in mixture.parameters())]
+
+    exact = results(dense, False)
+    for ours, theirs, expected in zip(results(grouped, True), results(dense, True), exact, strict=True):
+        assert (ours - expected).norm() <= 2 * (theirs - expected).norm() + 1e-3 * expected.norm()
+        assert (theirs - expected).norm() <= 0.1 * expected.norm(), "the same experts were chosen"
+
+
+def test_widths_without_grouped_products_compute_all_experts():
+    for changes in (dict(n_embd=36, n_head=4), dict(mlp_ratio=2.75), dict(bias=True)):
+        mixture = model.MixtureOfExperts(GPTConfig(**{**SMALL, "n_expert": 3, **changes}))
+        assert not mixture.can_group
+        with torch.autocast("cpu", torch.bfloat16):
+            assert mixture(torch.randn(2, 5, mixture.c_fc.in_features))[0].dtype == torch.bfloat16
+
+
 def test_the_balance_loss_is_the_one_of_transformers():
     mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
     torch.manual_seed(6)

@@ -26,8 +26,8 @@ NOT_FOR_TRAINING = (
 VARIANTS = [path.stem for path in sorted(CONFIG.glob("*.py")) if not path.stem.startswith(NOT_FOR_TRAINING)]
 IDENTITIES = [flags for flags in itertools.product((False, True), repeat=3) if not all(flags)]  # of W_Q, W_K and W_V
 # Options that `configs` and the flags below do not vary, because a model costs the same with any value.
-FREE = {"dropout", "attn_scale", "attn_logit_std", "load_balance", "n_expert_active"}
-NEWER = {"query_residual", "query_rotation", "wq_identity_from", "share_kv", "qk_norm", "activation"}
+FREE = {"dropout", "attn_scale", "attn_logit_std", "load_balance"}
+NEWER = {"n_expert_active", "query_residual", "query_rotation", "wq_identity_from", "share_kv", "qk_norm", "activation"}
 VARIED = {"bias", "tie_weights", "wq_identity", "wk_identity", "wv_identity", "mlp_ratio", "attn_skip", "mlp_skip"}
 
 
@@ -61,7 +61,8 @@ def check_parameters(config):
 
 
 def check_operations(config, built):
-    """A forward pass takes as many operations as `cost` counts."""
+    """A forward pass takes as many operations as `cost` counts, here where all experts are computed."""
+    config = dataclasses.replace(config, n_expert_active=max(1, config.n_expert))
     idx = torch.zeros(2, config.block_size, dtype=torch.int64, device="meta")
     with FlopCounterMode(display=False) as counter:
         built.eval()(idx, idx)
@@ -81,9 +82,15 @@ def test_every_option_is_varied_here_or_costs_nothing():
     for changes in ({"dropout": 0.3}, {"attn_scale": 2.0}, {"activation": "relu"}, {"load_balance": 1.0}):
         assert cost(dataclasses.replace(config, **changes)) == cost(config)
         check_operations(config, check_parameters(dataclasses.replace(config, **changes)))
-    for n_active in (1, 3):  # all experts are computed
-        config = GPTConfig(**SMALL, n_expert=3, n_expert_active=n_active)
-        check_operations(config, check_parameters(config))
+
+
+@pytest.mark.parametrize("n_active", [1, 2, 3])
+def test_the_operations_of_a_mixture_are_those_of_an_mlp_as_wide_as_its_active_experts_and_the_router(n_active):
+    mixture = GPTConfig(**SMALL, n_expert=3, n_expert_active=n_active)
+    check_parameters(mixture)
+    mlp = GPTConfig(**SMALL, mlp_ratio=4.0 * n_active)
+    router = 2 * SMALL["n_embd"] * 3
+    assert cost(mixture).forward_flops == cost(mlp).forward_flops + SMALL["n_layer"] * router
 
 
 @pytest.mark.slow
@@ -139,7 +146,7 @@ def test_train_py_reads_every_other_config_file():
 CHANGES = (
     dict(wq_identity=True),
     dict(n_kv_head=2, pos="rope"),
-    dict(n_expert=3, share_layers=True),
+    dict(n_expert=3, n_expert_active=3, share_layers=True),
     dict(parallel=True, wv_identity=True),
     dict(share_kv=True, wq_identity=True),
     dict(share_kv=True, pos="rope", n_kv_head=2),

@@ -14,6 +14,7 @@ BESIDE = ("speed", "theory")  # each other, above all of these
 FOLDERS = ("engine", "corpus", "studies", *BESIDE)
 ROOT_MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 COMMANDS = [name for name in ROOT_MODULES if name not in RANKS]
+MODEL_IMPORTS = ("engine.attention", "engine.experts", "engine.model_options")  # which import nothing of ours
 MODULES = [path.relative_to(ROOT) for folder in ("", *FOLDERS) for path in sorted((ROOT / folder).glob("*.py"))]
 
 
@@ -35,7 +36,7 @@ def may_import(path, name):
     importer, imported = path.parts[0].removesuffix(".py"), name.partition(".")[0]
     if importer in COMMANDS:  # bench.py times train.py's steps, and reproduce.py calls commands
         return imported not in COMMANDS or importer == "reproduce" or (importer, imported) == ("bench", "train")
-    if importer == "model" and name in ("engine.attention", "engine.model_options"):  # which import nothing of ours
+    if importer == "model" and name in MODEL_IMPORTS:
         return True
     if imported in COMMANDS:
         return False
