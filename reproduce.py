@@ -5,9 +5,10 @@ python reproduce.py --preset=night --plan        prints the plan, and stops
 python reproduce.py --preset=paper --plan        how many days the paper's own protocol takes
 python reproduce.py --minutes=25 --bundle=mine.tar.gz     what is worth keeping of out/reproduce, in one file
 
-On a CPU the size is that of config/quick.py on the embedded corpus, on a GPU the paper's 124M on OpenWebText, or on
---dataset. Each part is processes of the other commands. An interruption costs what a run's last checkpoint does not
-have: repeat the command. The report is out/reproduce/report.html, with the newest part first, and report.md.
+On a CPU the size is that of config/quick.py on the embedded corpus, with attention scales that suit it; on a GPU the
+paper's 124M on OpenWebText, or on --dataset. Each part is processes of the other commands. An interruption costs what a
+run's last checkpoint does not have: repeat the command. The report is out/reproduce/report.html, with the newest part
+first, and report.md.
 """
 
 import contextlib
@@ -222,7 +223,8 @@ class Reproduction:
     def table_2(self, plan):
         """The studies, one after the other, until their time is over."""
         finished = []
-        for name, text in reproduction.studies(plan).items():
+        studies = reproduction.studies(plan, small=not self.on_gpu)
+        for name, text in studies.items():
             write_text(self.folder / f"{name}.py", text)
             left = self.deadline - time.monotonic() - 0.05 * self.cfg.seconds
             if left < 5:
@@ -232,7 +234,7 @@ class Reproduction:
             if status != 0:
                 break
             finished.append(name)
-        return {"studies": finished} if len(finished) == len(reproduction.studies(plan)) else None
+        return {"studies": finished} if len(finished) == len(studies) else None
 
     def section_5_1(self, plan):
         """The experiment with as many steps as fit."""

@@ -43,17 +43,20 @@ def test_a_plan_fits_into_its_budget(seconds, rate, on_gpu, transfer):
     assert cfg.max_iters == plan.steps
 
 
-def test_the_studies_of_a_plan_are_studies(tmp_path):
+@pytest.mark.parametrize("small", [False, True])
+def test_the_studies_of_a_plan_are_studies(tmp_path, small):
     plan = reproduction.make_plan(3600, 60_000, [4096], 100)
     assert plan.seeds > 1 and plan.queries
     n_runs = set()
-    for name, text in reproduction.studies(plan).items():
+    for name, text in reproduction.studies(plan, small).items():
         path = tmp_path / f"{name}.py"
         path.write_text(text)
         study = study_file.read_file(path)
         n_runs |= {(arm, seed) for arm in study.arms for seed in study.seeds}
         for arm in study.arms:
-            assert (ROOT / study.arms[arm]).exists()
+            options = study.arms[arm].split()
+            cfg = configurator.parse(TrainConfig, [str(ROOT / options[0]), *options[1:]])
+            assert cfg.attn_logit_std == (reproduction.SMALL_LOGIT_STD[arm] if small else None)
     assert len(n_runs) == plan.runs
 
 
