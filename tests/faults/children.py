@@ -11,6 +11,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib.pyplot  # noqa: F401  which figures import, a second or more
 import torch
 import torch._dynamo  # which the first optimizer imports, seconds long
 
