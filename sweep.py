@@ -10,7 +10,8 @@ train.py go to every run, whatever its arm sets. The runs of the first command a
 Repeating a command skips the runs that are finished and resumes those that were interrupted; the same command can run
 several times at once, and no run is done twice. All arms of a seed come before the next seed, so that an unfinished
 study can be compared already. A run that diverged would diverge again with the same settings, so it is not tried again
-unless its nonfinite.json is deleted.
+unless its nonfinite.json is deleted. Where the study's file has tuning_seeds, the other seeds are trained at the points
+that these choose, and nowhere else.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ import data
 from engine import devices, run_files, signals
 from engine.files import read_json
 from engine.flops import cost
-from studies import status, store, study_file, workers
+from studies import status, store, study_file, tuning, workers
 from studies.plan import check_folder, option_name, planned_runs, runs_of_array_job, study_folder
 from train_config import TrainConfig
 
@@ -57,24 +58,26 @@ class SweepConfig:
             study_file.check_seeds(self.seeds, "the command line")
 
 
-def describe(runs):
-    """What runs cost, as text: their number, tokens and FLOPs."""
-    tokens, flops = sum(run.tokens for run in runs), sum(run.flops for run in runs)
-    return f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}, {tokens:,} tokens, {flops:.2e} training FLOPs"
+def describe(runs, shares):
+    """What runs cost, as text: their number, tokens and FLOPs. shares: of each the part expected to be needed."""
+    n_runs = round(sum(shares[run] for run in runs))
+    tokens, flops = (round(sum(shares[run] * getattr(run, what) for run in runs)) for what in ("tokens", "flops"))
+    return f"{n_runs} {'run' if n_runs == 1 else 'runs'}, {tokens:,} tokens, {flops:.2e} training FLOPs"
 
 
-def dry_run(runs, jobs, folder):
+def dry_run(runs, shares, jobs, folder):
     """Print each run's state, identity and command, and what all of them cost; folder: the study's."""
-    states = {run: store.state(run.folder) for run in runs}
+    states = {run: store.state(run.folder) for run in runs if shares[run]}
     for run, state in states.items():
-        print(f"# {run.label}: {state}, {run_files.digest(dataclasses.asdict(run.config))}")
+        condition = "" if shares[run] == 1 else ", only if the tuning seeds choose its point"
+        print(f"# {run.label}: {state}, {run_files.digest(dataclasses.asdict(run.config))}{condition}")
         print(shlex.join(run.command))
-    print(f"# all: {describe(runs)}")
+    print(f"# all: {describe(states, shares)}")
     remaining = [run for run, state in states.items() if state not in ("finished", "diverged")]
-    if len(remaining) < len(runs):
-        print(f"# remaining: {describe(remaining)}")
+    if len(remaining) < len(states):
+        print(f"# remaining: {describe(remaining, shares)}")
     if remaining:
-        print(f"# {status.duration(remaining, jobs, folder.parent)}")
+        print(f"# {status.duration(remaining, shares, jobs, folder.parent)}")
 
 
 def visible_gpus():
@@ -116,13 +119,16 @@ def sweep(cfg, options=(), began=None):
     gpus = visible_gpus() if any(run.config.device in ("auto", "cuda") for run in runs) else []
     jobs = cfg.jobs or len(gpus) or jobs_of_a_cpu(runs)
     if cfg.dry_run:
-        dry_run(runs, jobs, folder)
+        earlier = store.read_study(folder)["seeds"] if store.is_study(folder) else []
+        choice = tuning.Choice(folder, content | {"seeds": [*content["seeds"], *earlier]})
+        dry_run(runs, choice.shares(runs), jobs, folder)
         return 0
     for place in {(run.config.data_dir, run.config.dataset) for run in runs}:
         data.load_bins(*place)  # raises here what every run would raise
     store.write_study(folder, content)
-    print(f"{folder}: {describe(runs)}", flush=True)
-    execution = workers.Execution(runs, jobs, gpus if len(gpus) > 1 else ())
+    choice = tuning.Choice(folder, store.read_study(folder))  # with the seeds of earlier calls
+    print(f"{folder}: {describe(runs, choice.shares(runs))}", flush=True)
+    execution = workers.Execution(runs, jobs, gpus if len(gpus) > 1 else (), choice)
     stop = signals.StopSignal(cfg.max_seconds, began)
     result = execution.execute(cfg.fail_fast, stop)
     print_outcome(execution, result, folder, stop)
@@ -149,6 +155,11 @@ def print_outcome(execution, result, folder, stop):
         print(f"stopped{stop.why}; repeat the command to continue")
     elif n_failed:
         print(f"{n_failed} of {n_runs} runs failed; repeat the command to try them again")
+    elif execution.todo:
+        n_left, awaited = len(execution.todo), execution.waits_for(execution.todo[0])[0]
+        print(
+            f"{n_left} runs are left, of which the tuning seeds choose some: repeat the command when {awaited} is done"
+        )
     else:
         finished = f"{n_runs - n_diverged} of {n_runs}" if n_diverged else f"all {n_runs}"
         command = shlex.join(["python", os.path.relpath(configurator.ROOT / "report.py"), str(folder)])

@@ -305,6 +305,14 @@ def _load_study(folder):
     return results
 
 
+def chosen_names(folder, arm):
+    """The names, as in study.json, of the points of an arm that a study's finished runs choose: at each size one."""
+    results = _load_study(folder)
+    results.cells = [cell for cell in results.all_cells if cell.all_runs]
+    points = [cell.point for cell in results.chosen if cell.arm == arm]
+    return [entry["name"] for entry in read_study(folder)["arms"] if entry["arm"] == arm and entry["point"] in points]
+
+
 def _kind(run):
     """What the runs of an arm have in common: their options, and how these changed on the way."""
     return run.experiment, run.changes_text

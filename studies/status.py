@@ -12,6 +12,7 @@ from engine import run_files
 from engine.flops import cost
 from studies import store
 from studies.runs import read_run, series
+from studies.tuning import Choice
 from train_config import TrainConfig
 
 COLUMNS = {  # of the table: key of a run's dict -> heading, format
@@ -29,8 +30,9 @@ def rows(folder, content):
 
     run: its label; state: see store.state; step: the last one; val_loss: of the last evaluation, nats per token;
     difference: val_loss minus that of the control with the same seed, at the same point and step; tokens_per_second:
-    the last one measured. content: that of study.json.
+    the last one measured. Without the runs that tuning seeds have made needless. content: that of study.json.
     """
+    choice = Choice(folder, content)
     arm_at = {(entry["arm"], json.dumps(entry["point"])): entry["name"] for entry in content["arms"]}
     result = []
     for seed in content["seeds"]:
@@ -38,6 +40,8 @@ def rows(folder, content):
         metrics = {name: run_files.read_metrics(path) for name, path in folders.items()}
         losses = {name: series(folders[name], records, "eval", "val_loss") for name, records in metrics.items()}
         for entry in content["arms"]:
+            if not choice.waits_for(entry["name"], seed) and not choice.needs(entry["name"], seed):
+                continue
             name, control = entry["name"], arm_at.get((entry["control"], json.dumps(entry["point"])))
             step, loss = next(reversed(losses[name].items()), (None, None))
             is_compared = name != control and step in losses.get(control, ())
@@ -140,13 +144,16 @@ def _speed(folder):
     return run.folder, speed * cost(model).training_flops, speed
 
 
-def duration(runs, jobs, folder):
-    """A sentence: how long PlannedRuns take with so many at a time, at the speed that was measured last in folder."""
+def duration(runs, shares, jobs, folder):
+    """A sentence: how long PlannedRuns take with so many at a time, at the speed that was measured last in folder.
+
+    shares: of each run the part that is expected to be needed; see tuning.Choice.
+    """
     found = last_speed(runs, folder)
     if not found:
         return f"how long is not known, since no run in {folder} has a measured speed yet"
     measured, rate, speed = found
-    seconds = sum(run.flops * (1 - run.progress) for run in runs) / (rate * max(1, min(jobs, len(runs))))
+    seconds = sum(shares[run] * run.flops * (1 - run.progress) for run in runs) / (rate * max(1, min(jobs, len(runs))))
     return (
         f"about {span(seconds)}, {jobs} at a time, if each does as many FLOPs a second as {measured}, the run that was "
         f"measured last ({speed:,.0f} tokens/s)"

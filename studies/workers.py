@@ -41,17 +41,19 @@ class Worker:
 class Execution:
     """Carries out PlannedRuns, `jobs` of them at a time; several executions may work on one study.
 
-    gpus: names for CUDA_VISIBLE_DEVICES, of which each process gets one; empty: the variable is not changed.
+    gpus: names for CUDA_VISIBLE_DEVICES, of which each process gets one; empty: the variable is not changed. choice: a
+    tuning.Choice; runs that it does not need leave `runs` once that is known.
     """
 
-    def __init__(self, runs, jobs, gpus=()):
-        self.runs, self.jobs, self.gpus = runs, jobs, gpus
+    def __init__(self, runs, jobs, gpus=(), choice=None):
+        self.runs, self.jobs, self.gpus, self.choice = list(runs), jobs, gpus, choice
         self.todo = list(runs)
         self.workers = []
         self.failed = {}  # run -> why
         # A run that had failed before is tried again; one that fails meanwhile in another execution is not.
         self.old_notes = {run: locks.read_note(locks.lock_path(run.folder)) for run in runs}
-        self.flops = {run: run.flops for run in runs}
+        shares = choice.shares(runs) if choice else dict.fromkeys(runs, 1)
+        self.flops = {run: run.flops * shares[run] for run in runs}
         self.started, self.flops_at_start = time.monotonic(), self.flops_done()
         self.shown, self.shown_at = None, 0.0
 
@@ -72,19 +74,26 @@ class Execution:
                     if not stopping:
                         self.start()
                     self.show_progress()
+                    if self.blocked:
+                        break
                     time.sleep(POLL_SECONDS)
             except BaseException:  # a second Ctrl-C, for example
                 self.terminate()
                 raise
         self.show_progress(last=True)
-        return None if stop.requested and self.todo else not (self.failed or self.diverged)
+        return None if stop.requested and self.todo else not (self.failed or self.diverged or self.todo)
 
     def start(self):
         """Start runs while there are free slots; skip those that have ended and those of other executions."""
         for run in list(self.todo):
             if run_files.has_ended(run.folder):
                 self.todo.remove(run)
-            elif len(self.workers) < self.jobs:
+            elif len(self.workers) < self.jobs and not self.waits_for(run):
+                if self.choice and not self.choice.needs(run.name, run.seed):
+                    self.todo.remove(run)
+                    self.runs.remove(run)
+                    continue
+                self.flops[run] = run.flops
                 make_folder(run.folder)
                 lock = locks.acquire(locks.lock_path(run.folder))
                 if lock is None:
@@ -98,6 +107,20 @@ class Execution:
                     self.failed[run] = f"exit status {note['exit_status']}, in another sweep"
                 else:
                     self.workers.append(self.spawn(run, lock))
+
+    def waits_for(self, run):
+        """The folders of the runs that must end before it is known whether a run is needed."""
+        return self.choice.waits_for(run.name, run.seed) if self.choice else []
+
+    @property
+    def blocked(self):
+        """Whether all that is left waits for runs that nobody works on, since they failed, or another job has them."""
+        if self.workers or not self.todo:
+            return False
+        awaited = [self.waits_for(run) for run in self.todo]
+        return all(awaited) and not any(
+            locks.is_locked(locks.lock_path(folder)) for folder in {folder for folders in awaited for folder in folders}
+        )
 
     @property
     def diverged(self):

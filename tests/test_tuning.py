@@ -1,13 +1,16 @@
 """Points of a grid that are chosen with other seeds than those that are reported."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from run_folders import REDUCED, TWO_ARMS, planned, write_study, write_study_files
 
 import report
+import sweep
 from studies import arms, sections, store, verdicts
+from studies import status as status_of_study
 
 RATES = [0.001, 0.002, 0.004]
 
@@ -80,6 +83,48 @@ def test_a_study_s_file_fixes_seeds_and_margin_before_there_are_results(tmp_path
     _, content = planned(*write_study_files(text.replace("[1]", "[2]")))
     with pytest.raises(ValueError, match=r"begun with tuning_seeds=\[1\]"):
         store.write_study("out", content)
+
+
+TUNED = """
+arms = {"baseline": "", "reduced": "--wq_identity --attn_scale=0.5"}
+control = "baseline"
+seeds = [1, 2, 3]
+tuning_seeds = [1]
+grid = {"learning_rate": [1e-4, 1e-2, 1e-3]}
+settings = "--max_iters=12 --eval_interval=12 --warmup_iters=0 --lr_decay_iters=none"
+"""
+
+
+def test_a_sweep_trains_the_reported_seeds_at_the_chosen_points_alone(tiny, command):
+    argv = [*write_study_files(TUNED), "--jobs=2", "--out_dir=out"]
+    status, text, _ = command(sweep.main, *argv, "--dry_run")
+    assert status == 0 and "# all: 10 runs, " in text  # 2 arms: 3 points of seed 1, and one point of the seeds 2 and 3
+    assert text.count("only if the tuning seeds choose its point") == 2 * 3 * 2
+    status, text, _ = command(sweep.main, *argv)
+    assert status == 0 and "all 10 runs are finished" in text
+    results = arms.load(["out"])
+    chosen = [f"{cell.arm},learning_rate={cell.point['learning_rate']:g}" for cell in results.best]
+    assert [sorted(cell.runs) for cell in results.best] == [[(2, 2), (3, 3)]] * 2
+    expected = {f"{arm},learning_rate={rate}/seed1" for arm in ("baseline", "reduced") for rate in (1e-4, 1e-2, 1e-3)}
+    expected |= {f"{name}/seed{seed}" for name in chosen for seed in (2, 3)}
+    assert {str(path.parent.relative_to("out")) for path in Path("out").glob("*/*/summary.json")} == expected
+    assert results.unfinished == []
+    assert len(status_of_study.rows(Path("out"), store.read_study("out"))) == 10
+    status, text, _ = command(sweep.main, *argv, "--dry_run")
+    assert "# all: 10 runs, " in text and "# remaining: 0 runs" in text and "only if" not in text
+    status, text, _ = command(sweep.main, *argv, "--seeds=4")  # one more, of which the same points are needed
+    assert status == 0 and {path.parent.parent.name for path in Path("out").glob("*/seed4/summary.json")} == {*chosen}
+
+
+def test_a_sweep_whose_tuning_runs_cannot_end_says_what_the_others_wait_for(tiny, command):
+    argv = [*write_study_files(TUNED), "--jobs=2", "--out_dir=out"]
+    status, text, _ = command(sweep.main, *argv, "--seeds=1", "--array_index=0", "--array_size=3")
+    assert status == 0
+    status, text, _ = command(sweep.main, *argv, "--array_index=8", "--array_size=9")  # seed 3, at the last point
+    assert status == 1 and "2 runs are left, of which the tuning seeds choose some: repeat the command when " in text
+    missing = Path(text.split("repeat the command when ")[1].split(" is done")[0])
+    assert missing.name == "seed1" and not (missing / "summary.json").exists()
+    assert {path.parent.name for path in Path("out").glob("*/*/summary.json")} == {"seed1"}
 
 
 @pytest.mark.parametrize(
