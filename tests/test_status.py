@@ -83,7 +83,7 @@ def test_a_study_that_has_not_begun_is_waited_for(tmp_path, monkeypatch, capsys)
 def test_how_long_runs_take_follows_from_the_run_that_was_measured_last(tmp_path, monkeypatch, tiny):
     files = write_study_files(TWO_ARMS + "seeds = [1, 2]", max_iters=4000)
     runs, _ = planned(*files, "--out_dir=out/study")
-    assert status.duration(runs, 2, Path("out")) == (
+    assert status.duration(runs, dict.fromkeys(runs, 1), 2, Path("out")) == (
         "how long is not known, since no run in out has a measured speed yet"
     )
     write_run("out/a/old", 1, 2.0)  # 10,000 tokens/s
@@ -105,7 +105,7 @@ def test_how_long_runs_take_follows_from_the_run_that_was_measured_last(tmp_path
     assert status.last_speed(runs, "out") == (runs[0].folder, pytest.approx(1e4 * tiny_), 1e4)
     seconds = (sum(run.flops for run in runs) - 0.01 * runs[0].flops) / (1e4 * tiny_) / 2
     assert 50 < seconds < 100
-    assert status.duration(runs, 2, "out").startswith(f"about {seconds:.0f} s, 2 at a time")
+    assert status.duration(runs, dict.fromkeys(runs, 1), 2, "out").startswith(f"about {seconds:.0f} s, 2 at a time")
 
 
 def test_spans_are_in_words():
