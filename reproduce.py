@@ -169,14 +169,26 @@ class Reproduction:
         if status != 0:
             raise ValueError(f"the speed of training cannot be measured: see {self.folder / 'plan.log'}")
         rows = [row for row in read_json(path)["rows"] if row["what"] == "training step"]
-        steps = {}
-        for n in (20, 60):  # the difference is without imports and the linear baseline
-            options = [*self.transfer_options(n), f"--out_dir={self.absolute(f'transfer_speed_{n}')}", "--resume"]
-            status, steps[n] = self.run("plan", "-m", "theory.basis_transfer", *options, seconds=300)
         return {
             "training": min(row["tokens_per_second"] for row in rows),
-            "transfer": 40 / max(0.05, steps[60] - steps[20]),
+            "transfer": self.transfer_speed(),
         }
+
+    def transfer_speed(self):
+        """steps/s of Section 5.1's model, from two lengths that differ by a second: without imports and set-up."""
+
+        def seconds(steps):
+            options = [
+                *self.transfer_options(steps),
+                f"--out_dir={self.absolute(f'transfer_speed_{steps}')}",
+                "--resume",
+            ]
+            return self.run("plan", "-m", "theory.basis_transfer", *options, seconds=300)[1]
+
+        few, steps = seconds(20), 80
+        while (more := seconds(steps)) < few + 1 and steps < 20_000:
+            steps *= 4
+        return (steps - 20) / max(1.0, more - few)
 
     def transfer_options(self, steps):
         """The options of Section 5.1's experiment; on a CPU a smaller one."""

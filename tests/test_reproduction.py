@@ -72,6 +72,18 @@ def test_more_time_means_more_runs_and_longer_ones():
     assert plans[-1].steps > plans[0].steps
 
 
+@pytest.mark.parametrize("rate", [0.5, 12.0, 800.0])
+def test_the_speed_of_section_5_1_does_not_depend_on_how_long_a_process_takes_to_begin(rate, monkeypatch, tmp_path):
+    run = reproduce.Reproduction(reproduce.ReproduceConfig(minutes=10, out_dir=str(tmp_path), device="cpu"))
+    begins = iter([7.3, 7.0, 7.4, 6.9, 7.1, 7.2, 7.0])  # seconds, which vary more than a few steps take
+
+    def took(part, *arguments, seconds):
+        return 0, next(begins) + int(arguments[2].removeprefix("--steps=")) / rate
+
+    monkeypatch.setattr(run, "run", took)
+    assert run.transfer_speed() == pytest.approx(rate, rel=0.5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
