@@ -48,6 +48,8 @@ TITLES = {
     "section_5_1": "Section 5.1: is the change of basis linear?",
 }
 
+OUT_OF_MEMORY, SHARDED = "a micro-batch after running out of memory", "sharded over all GPUs"
+
 
 @dataclass
 class ReproduceConfig:
@@ -201,7 +203,7 @@ class Reproduction:
         """Each architecture in a process that is replaced where it dies; rows of {name, trains, evaluates, …}."""
         found = self.state.setdefault("works", {})
         until = time.monotonic() + plan.seconds["works"]
-        while len(found) < len(reproduction.ARCHITECTURES) and time.monotonic() < until:
+        while len(found) < len(self.trials) and time.monotonic() < until:
             before = len(found)
             self.save()
             seconds = until - time.monotonic()
@@ -216,7 +218,7 @@ class Reproduction:
                 found[began] = {"trains": "the process died: see works.log"}
             if len(found) == before and not began:
                 break  # it cannot even begin
-        return {"rows": found, "all": len(reproduction.ARCHITECTURES)}
+        return {"rows": found, "all": len(self.trials)}
 
     def speed(self, plan):
         """bench.py beside the peers that are here."""
@@ -256,45 +258,77 @@ class Reproduction:
 
     def try_architectures(self):
         """The child of `works`: tries each architecture that the state does not have yet, writing after each."""
-        for name in reproduction.ARCHITECTURES:
+        for name in self.trials:
             if name not in self.state["works"]:
                 self.state["trying"] = name
                 self.save()
                 with contextlib.redirect_stdout(io.StringIO()):
-                    self.state["works"][name] = self.try_architecture(name)
+                    self.state["works"][name] = self.attempt(name)
                 self.save()
         self.state.pop("trying", None)
         self.save()
 
-    def try_architecture(self, name):
-        """{what: 'yes', or the reason why not} for two steps of an architecture."""
-        folder = self.folder / "works" / name.replace(" ", "-")
-        files = [str(ROOT / "config" / f"{file}.py") for file in name.split()]
-        few = "--max_iters=2 --warmup_iters=1 --eval_interval=100 --eval_windows=16 --save_steps=".split()
-        size = [argument if argument.startswith("--") else str(ROOT / argument) for argument in self.size]
-        more = [f"--out_dir={folder}", f"--data_dir={self.folder / 'works'}", "--dataset=random", "--batch_size=4"]
-        more += [f"--tokens_per_step={4 * 1024}"]
-        if self.on_gpu:
-            more += ["--n_layer=2"]  # compiled in seconds, with every width as it is
-        found = {}
+    def attempt(self, name):
+        """Try one of `trials`: {what: 'yes', or the reason why not}."""
+        if name == OUT_OF_MEMORY:
+            return self.try_too_little_memory()
+        return self.try_several_gpus() if name == SHARDED else self.try_architecture(name)
 
-        def attempt(what, function):
-            try:
-                function()
-                found[what] = "yes"
-            except Exception as error:  # of torch, of the compiler, of the device: what it says is the result
-                found[what] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+    @property
+    def trials(self):
+        """What `works` tries: the architectures, and on GPUs what takes one whose memory is full, or several."""
+        on_gpus = [OUT_OF_MEMORY] * self.on_gpu + [SHARDED] * (self.on_gpu and torch.cuda.device_count() > 1)
+        return [*reproduction.ARCHITECTURES, *on_gpus]
 
-        cfg = configurator.parse(TrainConfig, [*size, *files, *more, *few])
+    def few_steps(self, name, *more):
+        """The arguments of train.py for two steps, on random tokens, of the config files in a name."""
         if not (self.folder / "works" / "random" / "meta.json").exists():
             data.write_random_bins(self.folder / "works" / "random", 2**16, 2**13, vocab_size=256)
+        few = "--max_iters=2 --warmup_iters=1 --eval_interval=100 --eval_windows=16 --save_steps=".split()
+        few += [
+            "--dataset=random",
+            f"--out_dir={self.folder / 'works' / name.replace(' ', '-')}",
+            f"--data_dir={self.folder / 'works'}",
+        ]
+        few += ["--n_layer=2"] * self.on_gpu  # compiled in seconds, with every width as it is
+        size = [argument if argument.startswith("--") else str(ROOT / argument) for argument in self.size]
+        return [*size, *(str(ROOT / "config" / f"{file}.py") for file in name.split()), *few, *more]
+
+    def try_architecture(self, name):
+        """Two steps of an architecture, its evaluation, its tokens, and a third step."""
+        cfg = configurator.parse(TrainConfig, self.few_steps(name, "--batch_size=4", f"--tokens_per_step={4 * 1024}"))
+        folder, found = Path(cfg.out_dir), {}
         resumes = folder.exists()
-        attempt("trains", lambda: train.train(dataclasses.replace(cfg, resume=resumes)))
-        attempt("evaluates", lambda: train.train(dataclasses.replace(cfg, eval_only=True)))
+        found["trains"] = outcome(lambda: train.train(dataclasses.replace(cfg, resume=resumes)))
+        found["evaluates"] = outcome(lambda: train.train(dataclasses.replace(cfg, eval_only=True)))
         if cfg.causal:
-            attempt("decodes", lambda: self.decode(folder))
-        attempt("resumes", lambda: train.train(dataclasses.replace(cfg, max_iters=3, resume=True)))
+            found["decodes"] = outcome(lambda: self.decode(folder))
+        found["resumes"] = outcome(lambda: train.train(dataclasses.replace(cfg, max_iters=3, resume=True)))
         return found
+
+    def try_too_little_memory(self):
+        """Two steps with a micro-batch to be found, on a GPU of which this process may take four gigabytes more."""
+        more = [f"--out_dir={self.folder / 'works' / 'memory'}", "--batch_size=0", f"--tokens_per_step={64 * 1024}"]
+        more += ["--compile=False", "--resume"]
+        cfg = configurator.parse(TrainConfig, self.few_steps("baseline_tied", *more))
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(self.device) + 2**32) / total)
+        try:
+            return {"trains": outcome(lambda: train.train(cfg))}
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+
+    def try_several_gpus(self, n_processes=None):
+        """Two steps with parameters, gradients and optimizer sharded over all GPUs."""
+        n_processes = n_processes or torch.cuda.device_count()
+        more = [f"--out_dir={self.folder / 'works' / 'sharded'}", "--batch_size=4", "--shard=full", "--resume"]
+        more += [f"--tokens_per_step={n_processes * 4 * 1024}"]
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n_processes}", "train.py"]
+        done = subprocess.run(
+            [*command, *self.few_steps("baseline_tied", *more)], cwd=ROOT, capture_output=True, text=True
+        )
+        errors = [line for line in done.stderr.splitlines() if "rror: " in line] or [f"exit status {done.returncode}"]
+        return {"trains": "yes" if done.returncode == 0 else errors[0][:200]}
 
     def decode(self, folder):
         """Eight greedy tokens with the cache, which must be those without."""
@@ -368,6 +402,15 @@ class Reproduction:
             copy.write_bytes(path.read_bytes())
             parts.append(page.Figure(copy.name, f"Section 5.1: {path.stem}."))
         return parts
+
+
+def outcome(function):
+    """'yes', or why a function failed: of torch, of the compiler, of the device, what it says is the result."""
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+    return "yes"
 
 
 def reproduce(cfg):

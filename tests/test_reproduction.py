@@ -161,6 +161,24 @@ def test_the_whole_of_it_is_resumed_and_its_bundle_gives_the_same_report(tmp_pat
     assert tables[0] == tables[1]
 
 
+@pytest.mark.slow
+def test_two_processes_that_share_the_parameters_are_tried_like_several_gpus(tmp_path, monkeypatch):
+    cfg = reproduce.ReproduceConfig(minutes=10, out_dir=str(tmp_path / "out"), device="cpu")
+    size = "--n_layer=1 --n_embd=16 --n_head=2 --block_size=16 --vocab_size=320 --device=cpu".split()
+    monkeypatch.setattr(reproduce.Reproduction, "size", property(lambda self: size))
+    assert reproduce.Reproduction(cfg).try_several_gpus(2) == {"trains": "yes"}
+    monkeypatch.setattr(reproduce.Reproduction, "size", property(lambda self: [*size, "--n_kv_head=3"]))
+    assert "n_kv_head=3" in reproduce.Reproduction(cfg).try_several_gpus(2)["trains"]
+
+
+def test_a_gpu_of_little_memory_and_several_are_tried_where_they_are(tmp_path, monkeypatch):
+    run = reproduce.Reproduction(reproduce.ReproduceConfig(minutes=10, out_dir=str(tmp_path), device="cpu"))
+    assert run.trials == list(reproduction.ARCHITECTURES)
+    run.on_gpu = True
+    monkeypatch.setattr(reproduce.torch.cuda, "device_count", lambda: 2)
+    assert run.trials[len(reproduction.ARCHITECTURES) :] == [reproduce.OUT_OF_MEMORY, reproduce.SHARDED]
+
+
 def transfer_options(self, steps):
     return [f"--steps={steps}", "--seeds=0", "--h=8", "--batch=32", "--linear_samples=1000", "--test_samples=100"]
 
