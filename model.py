@@ -18,7 +18,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from engine.attention import attend
-from engine.experts import active_experts, can_group
+from engine.experts import active_experts, can_group, is_fast
 from engine.model_options import check
 
 INITIAL_STD = 0.02  # of the weights, as in GPT-2
@@ -318,7 +318,7 @@ class MixtureOfExperts(nn.Module):
 
     The experts stand side by side in one wide MLP: rows i·hidden to (i+1)·hidden of c_fc, and these columns of c_proj,
     are expert i, and the router's weight multiplies its hidden units (a bias of c_proj belongs to all). In bfloat16 the
-    active experts alone are computed, else all, n_expert / n_expert_active times the operations needed.
+    active experts alone are computed where that is fast, else all, n_expert / n_expert_active times as many operations.
     """
 
     def __init__(self, config: GPTConfig):
@@ -337,7 +337,7 @@ class MixtureOfExperts(nn.Module):
         chosen = torch.zeros_like(p).scatter(-1, expert, 1.0)
         share = chosen.mean(dim=(0, 1)) / self.n_active  # (n_expert,)
         balance_loss = self.n_expert * (share * p.mean(dim=(0, 1))).sum()
-        if self.can_group and logits.dtype == torch.bfloat16:
+        if self.can_group and is_fast(logits):
             c_fc = self.c_fc.weight.unflatten(0, (self.n_expert, -1)).mT  # (n_expert, n_embd, mlp_hidden)
             c_proj = self.c_proj.weight.unflatten(1, (self.n_expert, -1)).permute(1, 2, 0)
             return self.dropout(active_experts(x, weight, expert, c_fc, self.activation, c_proj)), balance_loss

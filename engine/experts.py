@@ -10,6 +10,14 @@ def can_group(config):
     return hasattr(F, "grouped_mm") and aligned and not config.bias
 
 
+def is_fast(x):
+    """Whether the device of a tensor has a kernel for grouped products in its dtype; others than bfloat16 have none.
+
+    Of GPUs those of compute capability 9 and 10: others multiply in a loop, which waits for the number of rows of each.
+    """
+    return x.dtype == torch.bfloat16 and (not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] in (9, 10))
+
+
 def active_experts(x, weight, expert, c_fc, activation, c_proj):
     """The sum over each token's experts of weight · c_proj(activation(c_fc(x))), in bfloat16.
 
