@@ -11,11 +11,13 @@ def can_group(config):
 
 
 def is_fast(x):
-    """Whether the device of a tensor has a kernel for grouped products in its dtype; others than bfloat16 have none.
+    """Whether the device of a tensor has one kernel for grouped products in its dtype: bfloat16, on some GPUs.
 
-    Of GPUs those of compute capability 9 and 10: others multiply in a loop, which waits for the number of rows of each.
+    These are of compute capability 9 and 10; others multiply in a loop that waits for each expert's number of rows. So
+    does a CPU, where these numbers, as chance has them, also leave the freed memory in pieces that no later tensor
+    fits: a step took nearly twice as long as with all experts, and the process 2.4 GB in place of 0.7.
     """
-    return x.dtype == torch.bfloat16 and (not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] in (9, 10))
+    return x.dtype == torch.bfloat16 and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
 
 
 def active_experts(x, weight, expert, c_fc, activation, c_proj):

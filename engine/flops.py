@@ -20,8 +20,8 @@ def cost(config: GPTConfig) -> Cost:
     """Count without building the model.
 
     Operations are those of the matrix products and of attention over all block_size positions (the causal half is not
-    deducted, as in the usual 6N + 12·L·d·T), and of a mixture's active experts, though outside of bfloat16 all are
-    computed.
+    deducted, as in the usual 6N + 12·L·d·T), and of a mixture's active experts, though all are computed where
+    grouped products are not fast (`experts.is_fast`).
     """
     d, biases = config.n_embd, int(config.bias)
     kv_width = config.kv_heads * config.d_k

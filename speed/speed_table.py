@@ -80,11 +80,10 @@ def notes(cfg, models, rows):
     ideal = by_name.get(("training step", "active experts"))
     if ideal:
         ratio, lower, upper = ideal["over baseline"]
-        flops = by_name["training step", "baseline"]["flops"] / ideal["flops"]
         found.append(
             f"Mixture of {cfg.n_expert} experts: a training step takes {ratio:.2f} [{lower:.2f}, {upper:.2f}] times as "
             f"long as with an ideal MLP of only the {cfg.n_expert_active} active ones (mlp_ratio "
-            f"{cfg.mlp_ratio * cfg.n_expert_active:g}, {flops:.2f} times fewer FLOPs)."
+            f"{cfg.mlp_ratio * cfg.n_expert_active:g})."
         )
     for name in cfg.peer:
         model = models[peer.NAMES[name]]

@@ -184,6 +184,7 @@ def test_in_bfloat16_the_active_experts_alone_are_as_exact_as_all(n_expert, n_ac
     options = dict(SMALL, n_embd=32, n_expert=n_expert, n_expert_active=n_active)
     grouped = randomise(model.MixtureOfExperts(GPTConfig(**options))).bfloat16().float()
     assert grouped.can_group
+    monkeypatch.setattr(model, "is_fast", lambda logits: logits.dtype == torch.bfloat16)  # as on a GPU
     monkeypatch.setattr(model, "can_group", lambda config: False)
     dense = model.MixtureOfExperts(GPTConfig(**options))
     dense.load_state_dict(grouped.state_dict())
@@ -204,7 +205,8 @@ def test_in_bfloat16_the_active_experts_alone_are_as_exact_as_all(n_expert, n_ac
         assert (theirs - expected).norm() <= 0.1 * expected.norm(), "the same experts were chosen"
 
 
-def test_widths_without_grouped_products_compute_all_experts():
+def test_widths_without_grouped_products_compute_all_experts(monkeypatch):
+    monkeypatch.setattr(model, "is_fast", lambda logits: True)
     for changes in (dict(n_embd=36, n_head=4), dict(mlp_ratio=2.75), dict(bias=True)):
         mixture = model.MixtureOfExperts(GPTConfig(**{**SMALL, "n_expert": 3, **changes}))
         assert not mixture.can_group
