@@ -317,8 +317,8 @@ class MixtureOfExperts(nn.Module):
     experts are used alike (Switch Transformer, arXiv 2101.03961). Weights are probabilities, a softmax over them all.
 
     The experts stand side by side in one wide MLP: rows i·hidden to (i+1)·hidden of c_fc, and these columns of c_proj,
-    are expert i, and the router's weight multiplies its hidden units (a bias of c_proj belongs to all). Where
-    that is fast the active experts alone are computed, else all, n_expert / n_expert_active times as many operations.
+    are expert i, and the router's weight multiplies its hidden units (a bias of c_proj belongs to all). The
+    active experts alone are computed where that is fast, else all, n_expert / n_expert_active times as many operations.
     """
 
     def __init__(self, config: GPTConfig):
