@@ -24,7 +24,7 @@ def active_experts(x, weight, expert, c_fc, activation, c_proj):
     """The sum over each token's experts of weight · c_proj(activation(c_fc(x))), in bfloat16.
 
     x: (B, T, n_embd); weight and expert: (B, T, n_active), the number of each expert; c_fc: (n_expert, n_embd, hidden);
-    c_proj: (n_expert, hidden, n_embd). Returns (B, T, n_embd). Each pair of a token and one of its experts is a row, and
+    c_proj: (n_expert, hidden, n_embd). Returns (B, T, n_embd). Each pair of a token and one of its experts is a row;
     rows are sorted by expert.
     """
     n_active, n_expert = expert.size(-1), len(c_fc)
