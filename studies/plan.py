@@ -131,7 +131,8 @@ def differing(configs):
 def planned_run(folder, entry, seed):
     """The PlannedRun of an entry of study.json with a seed. Raises ValueError when its configuration is not valid."""
     place = store.run_folder(folder, entry["name"], seed)
-    arguments = [*entry["arguments"], f"--seed={seed}", f"--out_dir={place}", "--resume"]
+    own = [text.replace("{arm}", entry["arm"]).replace("{seed}", str(seed)) for text in entry["arguments"]]
+    arguments = [*own, f"--seed={seed}", f"--out_dir={place}", "--resume"]
     try:
         given = configurator.read(TrainConfig, arguments)
         base = resuming.branch_options(given)

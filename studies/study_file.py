@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import configurator
 from train_config import TrainConfig
 
+OF_A_RUN = {"arm": "{arm}", "seed": "{seed}"}  # stay in a text until each run is planned
 RESERVED = ("seed", "out_dir", "resume", "eval_only")  # fields of TrainConfig that the sweep sets for each run
 
 
@@ -19,8 +20,9 @@ class Study:
     """What a study's file sets.
 
     In the texts of arms and settings, {field} stands for the value of that field of TrainConfig at the study's size:
-    "--n_embd={n_embd}*31//32" suits any size. A `size` below is a dict: every field of TrainConfig -> its value as the
-    size's files and the command line set it.
+    "--n_embd={n_embd}*31//32" suits any size. There and in the grid, {arm} and {seed} stand for those of each run:
+    branch_from="out/trunk/{arm}/seed{seed}/ckpt.pt". A `size` below is a dict: every field of TrainConfig -> its value
+    as the size's files and the command line set it.
     """
 
     arms: dict  # name -> arguments of train.py, as typed: "config/reduced_tied.py --attn_scale=1"
@@ -38,7 +40,7 @@ class Study:
         words = []
         for name, text in (("arms", self.arms[arm]), ("settings", self.settings)):
             try:
-                words += shlex.split(text.format_map(size))
+                words += shlex.split(text.format_map(size | OF_A_RUN))
             except (KeyError, IndexError, AttributeError) as error:
                 raise ValueError(
                     f"{self.where[name]}: braces in {name} must hold a field of train.py, as {{n_embd}}, got {text!r}"

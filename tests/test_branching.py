@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_folders import TWO_ARMS, write_study_files
 from test_train import assert_equal_weights, metrics, stop_after, weights
 
 import sweep
@@ -124,6 +125,35 @@ def test_a_study_of_branches_is_planned_as_it_is_run(tiny, command):
         assert status == 0, out + error
     state = checkpoint.load("out/a/seed1337/ckpt.pt")
     assert (state["step"], state["config"]["weight_decay"]) == (30, 0.3)
+
+
+def test_decays_of_a_study_branch_from_each_arm_s_and_seed_s_own_run(tiny, command):
+    size = write_study_files(
+        TWO_ARMS
+        + """
+seeds = [1, 2]
+settings = "--schedule=constant"
+grid = {"max_iters": [20], "save_steps": [(12, 20)]}
+"""
+    )[1]
+    assert command(sweep.main, "my_study.py", size, "--out_dir=trunk")[0] == 0
+    Path("branches.py").write_text(
+        TWO_ARMS
+        + """
+seeds = [1, 2]
+settings = "--schedule=wsd"
+
+
+def grid(size):
+    trunk = "trunk/{arm},max_iters=20,save_steps=12,20/seed{seed}"
+    return [dict(max_iters=n + 8, decay_iters=8, branch_from=f"{trunk}/step_0000{n}.pt") for n in (12, 20)]
+"""
+    )
+    assert command(sweep.main, "branches.py", size, "--out_dir=out")[0] == 0
+    for arm, options in {"baseline": {}, "reduced": dict(wq_identity=True, attn_scale=0.5)}.items():
+        for n in (12, 20):
+            train.train(tiny(out_dir=f"{arm}{n}", seed=2, **{**WSD, **options, "max_iters": n + 8}))
+            assert_same_run(f"{arm}{n}", f"out/{arm},max_iters={n + 8}/seed2")
 
 
 def test_what_happened_to_the_origin_later_is_no_part_of_a_branch(tiny):

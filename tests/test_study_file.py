@@ -1,5 +1,6 @@
 """A study's file and what it becomes: points, arms, runs with their commands, the jobs of an array."""
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,7 @@ from run_folders import TWO_ARMS, planned, write_study_files
 
 import configurator
 import sweep
+from engine import resuming, run_files
 from engine.flops import cost
 from studies.plan import runs_of_array_job
 from train_config import TrainConfig
@@ -131,17 +133,24 @@ def test_arms_that_are_each_other_s_control_are_in_one_job(files):
         assert [[run.name for run in job] for job in jobs] == [names] * 3
 
 
+@pytest.fixture
+def root(monkeypatch):
+    """In the repository's folder, where no run is that a study would branch from."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(resuming, "branch_options", lambda given: {})
+
+
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 @SIZES
-def test_every_study_is_valid_at_the_paper_s_size_and_at_the_quick_one(path, size, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_every_study_is_valid_at_the_paper_s_size_and_at_the_quick_one(path, size, root):
     runs, content = planned(f"config/{path.name}", *size)
     controls = {entry["arm"]: entry["control"] for entry in content["arms"]}
     assert {*controls.values()} <= {*controls}
     objective = dict({(run.name.partition(",")[0], run.config.objective) for run in runs})
     assert all(objective[arm] == objective[control] for arm, control in controls.items()), "comparable losses"
     assert len(runs) == len(content["arms"]) * len(content["seeds"])
-    assert len(content["seeds"]) == (5 if path.stem in ("study_table2", "study_query") else 3)
+    of_five = ("study_table2", "study_query", "study_length", "study_length_trunk")
+    assert len(content["seeds"]) == (5 if path.stem in of_five else 3)
     assert f"# python sweep.py config/{path.name} config/quick.py" in " ".join(path.read_text().split())
 
 
@@ -170,14 +179,24 @@ def test_arms_that_are_compared_at_equal_parameters_have_them(size, monkeypatch)
 
 
 @SIZES
-def test_what_goes_with_a_grid_s_axis_is_in_proportion(size, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    runs = {name: [run.config for run in planned(f"config/study_{name}.py", *size)[0]] for name in ("width", "length")}
-    assert len({run.n_embd for run in runs["width"]}) == 3
-    assert len({(run.n_embd / run.n_head, run.n_embd * run.learning_rate) for run in runs["width"]}) == 1
-    assert len({run.max_iters for run in runs["length"]}) == 5
-    assert len({run.warmup_iters / run.max_iters for run in runs["length"]}) == 1
-    assert {run.lr_decay_iters for run in runs["length"]} == {None}, "the cosine ends with the run"
+def test_what_goes_with_a_grid_s_axis_is_in_proportion(size, root):
+    runs = [run.config for run in planned("config/study_width.py", *size)[0]]
+    assert len({run.n_embd for run in runs}) == 3
+    assert len({(run.n_embd / run.n_head, run.n_embd * run.learning_rate) for run in runs}) == 1
+
+
+@SIZES
+def test_every_length_branches_from_the_same_arm_and_seed_where_its_decay_begins(size, root):
+    trunks, _ = planned("config/study_length_trunk.py", *size, "--out_dir=out/length_trunk")
+    trunks = {str(run.folder): run.config for run in trunks}
+    runs = [run.config for run in planned("config/study_length.py", *size)[0]]
+    assert len({run.max_iters for run in runs}) == 5
+    for run in runs:
+        place, _, step = run.branch_from.removesuffix(".pt").rpartition("/step_")
+        assert run.max_iters - run.decay_iters == int(step) > run.warmup_iters
+        assert int(step) in trunks[place].save_steps
+        own, other = map(run_files.identity, map(dataclasses.asdict, (run, trunks[place])))
+        assert {name for name in own if own[name] != other[name]} == {"schedule", "decay_iters", "max_iters"}
 
 
 def test_a_function_may_return_a_grid_of_several_axes(files):
