@@ -1,4 +1,11 @@
+import contextlib
+import functools
 import hashlib
+import os
+import signal
+import subprocess
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -7,6 +14,8 @@ from hypothesis import settings
 
 import configurator
 import data
+import train
+from studies import workers
 from train import TrainConfig
 
 # How long an example takes depends on what else the machine does.
@@ -37,20 +46,29 @@ TINY = dict(
 )
 
 
-def write_dataset(folder, n_train=4000, n_val=500, vocab_size=50, seed=0, manifest=True):
-    """Bins of a text that can be learnt: each token follows from the one before it, with some noise."""
-    folder.mkdir(parents=True, exist_ok=True)
+@functools.cache
+def learnable_tokens(n_train, n_val, vocab_size, seed):
+    """Two arrays of uint16 for write_dataset."""
     generator = np.random.default_rng(seed)
-    splits = {}
-    for name, n in (("train", n_train), ("val", n_val)):
+    splits = []
+    for n in (n_train, n_val):
         tokens = np.zeros(n, dtype="<u2")
         for i in range(1, n):
             tokens[i] = (
                 (tokens[i - 1] * 7 + 3) % vocab_size if generator.random() < 0.9 else generator.integers(vocab_size)
             )
+        splits.append(tokens)
+    return splits
+
+
+def write_dataset(folder, n_train=4000, n_val=500, vocab_size=50, seed=0, manifest=True):
+    """Bins of a text that can be learnt: each token follows from the one before it, with some noise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    splits = {}
+    for name, tokens in zip(("train", "val"), learnable_tokens(n_train, n_val, vocab_size, seed), strict=True):
         tokens.tofile(folder / f"{name}.bin")
         digest = hashlib.sha256(tokens.tobytes()).hexdigest()
-        splits[name] = {"tokens": n, "documents": 1, "sha256": digest}
+        splits[name] = {"tokens": len(tokens), "documents": 1, "sha256": digest}
     if manifest:
         data.write_manifest(
             folder, tokenizer="bytes", vocab_size=vocab_size, eot=0, dtype="uint16", splits=splits, source={}, split={}
@@ -81,6 +99,58 @@ def command(capsys):
         return stopped.value.code or 0, captured.out, captured.err
 
     return run
+
+
+class ForkedTrain:
+    """What subprocess.Popen(["python", "train.py", *arguments], …) gives, without the seconds of torch's import."""
+
+    def __init__(self, command, stdout, env, pass_fds, process_group, **_):
+        self.status = None
+        self.pid = os.fork()
+        if self.pid:
+            return
+        status = 1
+        try:
+            os.setpgid(0, process_group)
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(1, 2)
+            sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", closefd=False) for n in (1, 2))  # noqa: SIM115
+            for descriptor in map(int, os.listdir("/proc/self/fd")):
+                if descriptor > 2 and descriptor not in pass_fds:  # other runs' locks
+                    with contextlib.suppress(OSError):
+                        os.close(descriptor)
+            os.environ.update(env)
+            configurator.run(train.main, command[2:])
+            status = 0
+        except SystemExit as stopped:
+            status = stopped.code or 0
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+
+    def poll(self):
+        if self.status is None:
+            pid, ended = os.waitpid(self.pid, os.WNOHANG)
+            self.status = os.waitstatus_to_exitcode(ended) if pid else None
+        return self.status
+
+    def terminate(self):
+        os.kill(self.pid, signal.SIGTERM)
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Let sweeps fork their runs, where that can be done."""
+    if sys.platform == "linux":
+        names = {"Popen": ForkedTrain, "DEVNULL": subprocess.DEVNULL, "STDOUT": subprocess.STDOUT}
+        monkeypatch.setattr(workers, "subprocess", types.SimpleNamespace(**names))
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Let torch.compile trace and differentiate, without the code generator, which takes a minute on a CPU."""
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compiled(model, backend="aot_eager"))
 
 
 @pytest.fixture

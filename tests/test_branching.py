@@ -115,7 +115,7 @@ def test_a_job_that_always_resumes_begins_with_the_branch(tiny, command):
     assert Path("b/ckpt.pt").read_bytes() == before
 
 
-def test_a_study_of_branches_is_planned_as_it_is_run(tiny, command):
+def test_a_study_of_branches_is_planned_as_it_is_run(tiny, forked, command):
     train.train(tiny(out_dir="first", max_iters=20, weight_decay=0.3))
     Path("study.py").write_text(
         "arms = {'a': '--branch_from=first/ckpt.pt --max_iters=30'}\ncontrol = 'a'\nseeds = [1337]"
@@ -127,7 +127,7 @@ def test_a_study_of_branches_is_planned_as_it_is_run(tiny, command):
     assert (state["step"], state["config"]["weight_decay"]) == (30, 0.3)
 
 
-def test_decays_of_a_study_branch_from_each_arm_s_and_seed_s_own_run(tiny, command):
+def test_decays_of_a_study_branch_from_each_arm_s_and_seed_s_own_run(tiny, forked, command):
     size = write_study_files(
         TWO_ARMS
         + """

@@ -139,9 +139,7 @@ def test_which_runs_have_a_chunked_loss(tiny):
         chosen(chunked_loss=True, dtype="float16")
 
 
-def test_a_compiled_model_leaves_the_chunks_alone(tiny, monkeypatch):
-    compiled = torch.compile  # its code generator takes a minute and adds nothing here
-    monkeypatch.setattr(torch, "compile", lambda model: compiled(model, backend="aot_eager"))
+def test_a_compiled_model_leaves_the_chunks_alone(tiny, monkeypatch, traced):
     monkeypatch.setattr(linear_cross_entropy, "CHUNK", 500)
     found = [
         train.train(tiny(out_dir=f"{changes}", max_iters=3, device="cpu", **changes))["val_loss"]

@@ -17,8 +17,8 @@ from engine import checkpoint, devices, distributed, run_files
 from engine.files import read_json
 from model import GPTConfig
 
-STEPS = 50
-SCHEDULE = dict(max_iters=STEPS, eval_interval=25, batch_size=2, dtype="float32", weight_decay=0.1)
+STEPS = 20
+SCHEDULE = dict(max_iters=STEPS, eval_interval=10, batch_size=2, dtype="float32", weight_decay=0.1)
 
 
 def losses(folder):

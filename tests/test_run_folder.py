@@ -202,9 +202,9 @@ def test_a_mirror_that_breaks_is_one_warning(tiny, monkeypatch, capsys, broken):
 def test_two_starts_at_once_make_one_run(tiny):
     Path("tiny.py").write_text("\n".join(f"{name} = {value!r}" for name, value in TINY.items()))
     command = [sys.executable, ROOT / "train.py", "tiny.py", "--out_dir=out/run", "--max_iters=200"]
-    starts = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    starts = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     ends = [(start.communicate(timeout=120)[1], start.returncode) for start in starts]
-    assert sorted(code for _, code in ends) == [0, 2, 2]
+    assert sorted(code for _, code in ends) == [0, 2]
     for error, code in ends:
         assert code == 0 or "is being written by another process" in error or "already contains a run" in error
     assert [record["step"] for record in metrics("out/run") if record["kind"] == "train"] == list(range(1, 201))

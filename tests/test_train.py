@@ -376,8 +376,10 @@ def test_lower_precision_stays_near_float32(tiny, tmp_path, dtype):
     np.testing.assert_allclose(*curves, atol=0.1)
 
 
-@pytest.mark.slow
-def test_a_compiled_model_trains_to_the_same_loss(tiny):
+@pytest.mark.parametrize("how", ["traced", pytest.param("compiled", marks=pytest.mark.long)])
+def test_a_compiled_model_trains_to_the_same_loss(tiny, request, how):
+    if how == "traced":
+        request.getfixturevalue("traced")
     plain = train.train(tiny(out_dir="plain", wq_identity=True))
     compiled = train.train(tiny(out_dir="compiled", wq_identity=True, compile=True))
     assert compiled["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-3)

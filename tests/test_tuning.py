@@ -95,7 +95,7 @@ settings = "--max_iters=12 --eval_interval=12 --warmup_iters=0 --lr_decay_iters=
 """
 
 
-def test_a_sweep_trains_the_reported_seeds_at_the_chosen_points_alone(tiny, command):
+def test_a_sweep_trains_the_reported_seeds_at_the_chosen_points_alone(tiny, forked, command):
     argv = [*write_study_files(TUNED), "--jobs=2", "--out_dir=out"]
     status, text, _ = command(sweep.main, *argv, "--dry_run")
     assert status == 0 and "# all: 10 runs, " in text  # 2 arms: 3 points of seed 1, and one point of the seeds 2 and 3
@@ -116,7 +116,7 @@ def test_a_sweep_trains_the_reported_seeds_at_the_chosen_points_alone(tiny, comm
     assert status == 0 and {path.parent.parent.name for path in Path("out").glob("*/seed4/summary.json")} == {*chosen}
 
 
-def test_a_sweep_whose_tuning_runs_cannot_end_says_what_the_others_wait_for(tiny, command):
+def test_a_sweep_whose_tuning_runs_cannot_end_says_what_the_others_wait_for(tiny, forked, command):
     argv = [*write_study_files(TUNED), "--jobs=2", "--out_dir=out"]
     status, text, _ = command(sweep.main, *argv, "--seeds=1", "--array_index=0", "--array_size=3")
     assert status == 0
