@@ -38,7 +38,8 @@ def differences(results, comparisons, path):
     called = [verdicts.names(results, pair) for _, *pair in found]
     controls = dict.fromkeys(control for _, control in called)
     means = np.array([result.difference.mean for result, *_ in found])
-    far = drawing.far_off(abs(means), least=0.01)
+    half_widths = [result.difference.half_width or 0 for result, *_ in found]
+    far = drawing.far_off(abs(means), least=max(0.01, 6 * np.median(half_widths)))  # bars of a sixth are still seen
     figure = drawing.new_figure(drawing.WIDTH, 1.3 + 0.32 * len(found))
     panel = figure.subplots()
     ends = [0.0, *means[~far]]

@@ -248,6 +248,18 @@ def test_differences_are_in_order_and_filled_where_they_are_significant(study, d
     assert band.get_width() == pytest.approx(2 * 0.02 * 2, rel=0.01)
 
 
+def test_differences_of_a_few_bars_are_in_view_with_them(study, drawn):
+    generator = np.random.default_rng(4)
+    shift = {"base": 0, "alike": 0.001, "near": -0.002, "worse": 0.05}
+    fields = {arm: {"beta1": 0.5 + i / 100} for i, arm in enumerate(shift)}
+    results = study(fields, lambda arm, seed: 2 + shift[arm] + generator.normal(0, 0.005))
+    comparisons = arms.compare_cells(results.best_pairs)
+    figure = drawn(lambda results, path: point_figures.differences(results, comparisons, path), results)
+    (panel,) = figure.axes
+    assert texts(panel) == []
+    assert panel.get_xlim()[1] > max(result.difference.high for result in comparisons) > 0.05
+
+
 def test_zero_has_a_place_on_a_logarithmic_axis():
     assert drawing.places([0, 0.01, 0.02, 0.1]) == ([0.005, 0.01, 0.02, 0.1], True)
     assert drawing.places([1, 2, 4]) == ([1, 2, 4], False)
