@@ -7,9 +7,6 @@
 PYTHON ?= python3
 # Options of the demo's two runs, such as DEMO="--max_iters=100".
 DEMO ?=
-# The size of new attention logits that suits each arm at this width (results/study_scale).
-LOGITS_baseline_tied := 0.2
-LOGITS_reduced_tied := 0.6
 # Options of make architectures, such as ARCHITECTURES="--jobs=1".
 ARCHITECTURES ?=
 
@@ -23,7 +20,7 @@ demo: $(RUNS:%=%/summary.json)
 
 out/demo/%/summary.json: | data/stdlib/meta.json
 	$(BIN)/python train.py config/quick.py config/$*.py --out_dir=out/demo/$* --resume \
-		--attn_logit_std=$(LOGITS_$*) $(DEMO)
+		--attn_logit_std=small $(DEMO)
 
 results: .venv/installed
 	for runs in results/*/runs.json.xz; do $(BIN)/python report.py $$(dirname $$runs) >/dev/null || exit 1; done

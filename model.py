@@ -23,6 +23,7 @@ from engine.model_options import check
 
 INITIAL_STD = 0.02  # of the weights, as in GPT-2
 PAPER_WIDTH = 768  # n_embd of the paper's models
+SMALL_LOGIT_STD = {"trained": 0.2}  # of new attention logits, what suits n_embd 128 (results/study_scale); others: 0.6
 ACTIVATIONS = {
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
@@ -63,7 +64,7 @@ class GPTConfig:
     wq_identity_from: int = 0  # with wq_identity: the first layer that has W_Q = I; those before it train a W_Q
     share_kv: bool = False  # W_V = W_K: the values are the keys, before rotation and normalisation
     qk_norm: bool = False  # the queries and keys of each head are divided by their root mean square
-    attn_logit_std: float | Literal["paper"] | None = None  # of the logits at the start; paper: attn_scale's at 768
+    attn_logit_std: float | Literal["paper", "small"] | None = None  # of new logits; see attn_scale_in
     norm: Literal["layernorm", "rmsnorm", "dyt", "none"] = "layernorm"  # before attention, MLP and LM head; dyt: tanh
     pos: Literal["learned", "rope", "none"] = "learned"  # positions: an embedding, or rotated queries and keys
     attn_skip: bool = True  # the skip connection around attention
@@ -110,11 +111,17 @@ class GPTConfig:
         return "rotation" if self.query_rotation else self.query_residual or "identity"
 
     def attn_scale_in(self, layer):
-        """What multiplies 1/sqrt(d_k) in a layer: attn_scale, or what attn_logit_std asks for."""
-        if self.attn_logit_std is None:
+        """What multiplies 1/sqrt(d_k) in a layer: attn_scale, or what gives new logits the standard deviation wanted.
+
+        That is attn_logit_std; paper: what attn_scale gives at n_embd 768; small: what suits n_embd 128.
+        """
+        wanted = self.attn_logit_std
+        if wanted is None:
             return self.attn_scale
-        paper = self.attn_scale * self.unscaled_logit_std(layer, PAPER_WIDTH)
-        wanted = paper if self.attn_logit_std == "paper" else self.attn_logit_std
+        if wanted == "paper":
+            wanted = self.attn_scale * self.unscaled_logit_std(layer, PAPER_WIDTH)
+        elif wanted == "small":
+            wanted = 1.0 if self.qk_norm else SMALL_LOGIT_STD.get(self.query(layer), 0.6)
         return wanted / self.unscaled_logit_std(layer, self.n_embd)
 
     def unscaled_logit_std(self, layer, n_embd):

@@ -1,8 +1,8 @@
 # A run of about two minutes on two CPU cores: a small model on the embedded corpus, one token per byte. Prepare the
 # data once with `python prepare_owt.py --source=stdlib`. A variant's file comes after this one:
 #     python train.py config/quick.py config/reduced_tied.py
-# The scales of the variants' files are the paper's, for n_embd 768. At 128 new attention logits should be larger, and
-# each arm has its best size (results/study_scale): the baseline --attn_logit_std=0.2, W_Q = I 0.6.
+# The scales of the variants' files are the paper's, for n_embd 768. In their place --attn_logit_std=small has what suits
+# each kind of queries at 128 (results/study_scale), in studies, too.
 dataset = "stdlib"
 vocab_size = 320  # 256 bytes and end-of-text, padded to a multiple of 64
 n_layer = 4

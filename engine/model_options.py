@@ -81,8 +81,8 @@ def _check_queries(config):
         raise ValueError("share_kv=True makes W_V of W_K: set neither wk_identity nor wv_identity")
     if config.attn_logit_std is not None:
         is_number = isinstance(config.attn_logit_std, (int, float))
-        if config.attn_logit_std != "paper" and not (is_number and 0 < config.attn_logit_std < math.inf):
-            raise ValueError(f"attn_logit_std must be positive, paper or none, got {config.attn_logit_std}")
+        if config.attn_logit_std not in ("paper", "small") and not (is_number and 0 < config.attn_logit_std < math.inf):
+            raise ValueError(f"attn_logit_std must be positive, paper, small or none, got {config.attn_logit_std}")
         if config.norm not in ("layernorm", "rmsnorm"):
             raise ValueError(
                 f"attn_logit_std needs norm=layernorm or rmsnorm, got norm={config.norm}: without a normalised input "

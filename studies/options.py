@@ -8,7 +8,7 @@ from train_config import TrainConfig
 def in_effect(cell):
     """The options that determine the result of a cell's runs, without those that another one replaces."""
     options = cell.example.experiment
-    replaced = ("attn_scale",) if is_number(options.get("attn_logit_std")) else ()
+    replaced = () if options.get("attn_logit_std") in (None, "paper") else ("attn_scale",)
     return {name: value for name, value in options.items() if name not in replaced}
 
 

@@ -29,10 +29,6 @@ SHARES = {
     "table_2": 0.5,
     "section_5_1": 0.1,
 }  # of the time; the rest: planning, the report
-# The standard deviation of new attention logits that suits a CPU's size, of each column and query: there the scales of
-# the files, which are the paper's for n_embd 768, make W_Q = I lag (results/study_scale).
-SMALL_LOGIT_STD = dict.fromkeys((*COLUMNS, *QUERIES), 0.6)
-SMALL_LOGIT_STD |= {"baseline_tied": 0.2, "baseline_untied": 0.2, "reduced_tied_from1": 0.4}
 FEWEST_STEPS, FEWEST_OF_ALL = 200, 20  # of a run: below, fewer runs are planned; below the second, none
 OVERHEAD = 1.3  # of a run over its steps: imports, compilation, evaluations, checkpoints
 PAPER_TOKENS = 105_001 * 480 * 1024  # of each column of Table 2
@@ -103,7 +99,7 @@ def studies(plan, small):
 
 
 def _study(arms, plan, seeds, small):
-    files = {arm: f"config/{arm}.py" + small * f" --attn_logit_std={SMALL_LOGIT_STD[arm]}" for arm in arms}
+    files = {arm: f"config/{arm}.py" + small * " --attn_logit_std=small" for arm in arms}
     control = {arm: "baseline_untied" if "untied" in arm else "baseline_tied" for arm in arms}
     return f"arms = {files!r}\ncontrol = {control!r}\nsettings = {plan.schedule!r}\nseeds = {seeds!r}\n"
 

@@ -163,7 +163,7 @@ def test_attn_logit_std_is_what_new_models_have(changes):
     shape = {**NORMED, "wq_identity": True, "attn_scale": 0.5, **changes}
     for n_embd in (64, 256):
         squares = {}
-        for wanted in (0.3, "paper"):
+        for wanted in (0.3, "paper", "small"):
             config = GPTConfig(**shape, n_embd=n_embd, attn_logit_std=wanted)
             for seed in range(3):
                 torch.manual_seed(seed)
@@ -171,8 +171,12 @@ def test_attn_logit_std_is_what_new_models_have(changes):
                 for layer in range(2):
                     squares.setdefault((wanted, layer), []).append(measured_std(gpt, layer) ** 2)
         for (wanted, layer), values in squares.items():
-            paper = 0.5 * GPTConfig(**shape).unscaled_logit_std(layer, 768)
-            assert math.sqrt(sum(values) / 3) == pytest.approx(paper if wanted == "paper" else wanted, rel=0.05)
+            expected = {
+                0.3: 0.3,
+                "paper": 0.5 * GPTConfig(**shape).unscaled_logit_std(layer, 768),
+                "small": 1.0 if config.qk_norm else 0.2 if config.query(layer) == "trained" else 0.6,
+            }
+            assert math.sqrt(sum(values) / 3) == pytest.approx(expected[wanted], rel=0.05)
 
 
 def test_the_newer_activations_are_their_formulas():
@@ -214,8 +218,8 @@ def test_the_paper_s_scales_at_another_width():
         (dict(wq_identity_from=1, share_layers=True), "0 with share_layers=True"),
         (dict(query_rotation=-1), "query_rotation must be zero or positive, got -1"),
         (dict(share_kv=True, wv_identity=True), "set neither wk_identity nor wv_identity"),
-        (dict(attn_logit_std=0.0), "attn_logit_std must be positive, paper or none, got 0.0"),
-        (dict(attn_logit_std="papers"), "attn_logit_std must be positive, paper or none, got papers"),
+        (dict(attn_logit_std=0.0), "attn_logit_std must be positive, paper, small or none, got 0.0"),
+        (dict(attn_logit_std="papers"), "attn_logit_std must be positive, paper, small or none, got papers"),
         (dict(attn_logit_std=0.3, norm="dyt"), "attn_logit_std needs norm=layernorm or rmsnorm, got norm=dyt"),
     ],
     ids=str,
