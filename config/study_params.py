@@ -1,7 +1,7 @@
 # Arms with equal numbers of parameters. As many as the baseline has: W_Q = I with a wider MLP, against the baseline. As
 # many as W_Q = I has: W_Q = I, and a baseline that is narrower throughout (n_embd 744 in place of 768, 124 in place of
 # 128, so about as many), each against a baseline with a narrower MLP.
-#     python sweep.py config/study_params.py config/quick.py
+#     python sweep.py config/study_params.py config/quick.py --attn_logit_std=small
 arms = {
     "baseline": "config/baseline_tied.py",
     "reduced_mlp4p5": "config/reduced_tied_mlp4p5.py",
@@ -10,4 +10,4 @@ arms = {
     "reduced": "config/reduced_tied.py",
 }
 control = {"reduced_mlp4p5": "baseline", "reduced": "baseline_mlp3p5", "baseline_narrow": "baseline_mlp3p5"}
-seeds = [1, 2, 3]
+seeds = [1, 2, 3, 4, 5]

@@ -1,5 +1,5 @@
 # The paper's Table 2, with five seeds to tell a difference from noise.
-#     python sweep.py config/study_table2.py config/quick.py
+#     python sweep.py config/study_table2.py config/quick.py --attn_logit_std=small
 arms = {
     "baseline_tied": "config/baseline_tied.py",
     "reduced_tied": "config/reduced_tied.py",

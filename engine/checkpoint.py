@@ -66,6 +66,11 @@ def run_options(path):
     return _without_weights(path).get("config", {})
 
 
+def step(path):
+    """The optimizer steps after which a checkpoint was saved."""
+    return _without_weights(path)["step"]
+
+
 def _without_weights(path):
     return _checked(torch_file.read(path, mmap=True), path, required=OF_A_MODEL)
 

@@ -5,11 +5,15 @@ from studies.texts import distinct_texts, value_text
 from train_config import TrainConfig
 
 
-def in_effect(cell):
-    """The options that determine the result of a cell's runs, without those that another one replaces."""
-    options = cell.example.experiment
+def without_replaced(options):
+    """A dict of options, name -> value, without those that another one replaces."""
     replaced = () if options.get("attn_logit_std") in (None, "paper") else ("attn_scale",)
     return {name: value for name, value in options.items() if name not in replaced}
+
+
+def in_effect(cell):
+    """The options that determine the result of a cell's runs, without those that another one replaces."""
+    return without_replaced(cell.example.experiment)
 
 
 def differing(cells):

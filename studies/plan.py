@@ -13,6 +13,7 @@ from engine import checkpoint, resuming, run_files
 from engine.files import read_json
 from engine.flops import cost
 from studies import store, study_file
+from studies.options import without_replaced
 from train_config import TrainConfig
 
 TRAIN = configurator.ROOT / "train.py"
@@ -28,6 +29,7 @@ class PlannedRun:
     folder: Path
     arguments: list[str]  # of train.py
     config: TrainConfig  # what the arguments resolve to
+    first_step: int = 0  # a branch begins where its origin was saved
 
     @property
     def label(self):
@@ -46,8 +48,8 @@ class PlannedRun:
 
     @property
     def tokens(self):
-        """The number of tokens that the run trains on."""
-        return self.config.max_iters * self.config.tokens_per_step
+        """The number of tokens that the run itself trains on."""
+        return (self.config.max_iters - self.first_step) * self.config.tokens_per_step
 
     @property
     def flops(self):
@@ -56,10 +58,11 @@ class PlannedRun:
 
     @property
     def progress(self):
-        """The fraction of the run's steps that its files show as done."""
+        """The fraction of the run's own steps that its files show as done."""
         if run_files.is_finished(self.folder):
             return 1.0
-        return run_files.last_step(self.folder) / max(1, self.config.max_iters)
+        done = max(0, run_files.last_step(self.folder) - self.first_step)
+        return done / max(1, self.config.max_iters - self.first_step)
 
 
 def planned_runs(cfg, options):
@@ -100,7 +103,7 @@ def planned_runs(cfg, options):
     runs = [planned_run(folder, entry, seed) for seed in seeds for entry in entries]
     seen = {}
     for run in runs:
-        other = seen.setdefault(run_files.digest(dataclasses.asdict(run.config)), run)
+        other = seen.setdefault(run_files.digest(without_replaced(dataclasses.asdict(run.config))), run)
         if other is not run:
             raise ValueError(
                 f"{path}: {other.label} and {run.label} are the same run with these options: remove one of them"
@@ -146,7 +149,8 @@ def planned_run(folder, entry, seed):
         arguments.append(f"--vocab_size={config.vocab_size}")  # what was planned, whatever the data becomes
     if config.wandb_log and not config.wandb_run_name:  # else it would be the folder's name, and all runs 'seed1'
         arguments.append(f"--wandb_run_name={folder.name}/{entry['name']}/seed{seed}")
-    return PlannedRun(entry["name"], seed, place, arguments, config)
+    first_step = checkpoint.step(config.branch_from) if config.branch_from else 0
+    return PlannedRun(entry["name"], seed, place, arguments, config, first_step)
 
 
 def runs_of_array_job(runs, entries, array_index, array_size):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_folders import TWO_ARMS, write_study_files
+from run_folders import TWO_ARMS, planned, write_study_files
 from test_train import assert_equal_weights, metrics, stop_after, weights
 
 import sweep
@@ -149,7 +149,10 @@ def grid(size):
     return [dict(max_iters=n + 8, decay_iters=8, branch_from=f"{trunk}/step_0000{n}.pt") for n in (12, 20)]
 """
     )
+    text = command(sweep.main, "branches.py", size, "--out_dir=out", "--dry_run")[1]
+    assert f"# all: 8 runs, {8 * 8 * 128:,} tokens" in text, "the steps before a branch are the trunk's"
     assert command(sweep.main, "branches.py", size, "--out_dir=out")[0] == 0
+    assert all(run.progress == 1 for run in planned("branches.py", size, "--out_dir=out")[0])
     for arm, options in {"baseline": {}, "reduced": dict(wq_identity=True, attn_scale=0.5)}.items():
         for n in (12, 20):
             train.train(tiny(out_dir=f"{arm}{n}", seed=2, **{**WSD, **options, "max_iters": n + 8}))

@@ -10,7 +10,7 @@ from run_folders import TWO_ARMS, planned, write_study_files
 
 import configurator
 import sweep
-from engine import resuming, run_files
+from engine import checkpoint, resuming, run_files
 from engine.flops import cost
 from studies.plan import runs_of_array_job
 from train_config import TrainConfig
@@ -138,6 +138,7 @@ def root(monkeypatch):
     """In the repository's folder, where no run is that a study would branch from."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(resuming, "branch_options", lambda given: {})
+    monkeypatch.setattr(checkpoint, "step", lambda path: 0)
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -149,7 +150,7 @@ def test_every_study_is_valid_at_the_paper_s_size_and_at_the_quick_one(path, siz
     objective = dict({(run.name.partition(",")[0], run.config.objective) for run in runs})
     assert all(objective[arm] == objective[control] for arm, control in controls.items()), "comparable losses"
     assert len(runs) == len(content["arms"]) * len(content["seeds"])
-    of_five = ("study_table2", "study_query", "study_length", "study_length_trunk")
+    of_five = ("study_table2", "study_params", "study_query", "study_length", "study_length_trunk")
     assert len(content["seeds"]) == (5 if path.stem in of_five else 3)
     assert f"# python sweep.py config/{path.name} config/quick.py" in " ".join(path.read_text().split())
 
@@ -282,6 +283,10 @@ def test_runs_have_names_of_their_own_in_wandb(files):
         ("arms = {'a': '--n_head'}\ncontrol = 'a'", ["a: ", "--n_head needs a value"]),
         ("arms = {'a': 'nowhere.py'}\ncontrol = 'a'", ["a: ", "nowhere.py"]),
         ("arms = {'a': '', 'b': '--beta1=0.9'}\ncontrol = 'a'", ["a/seed1 and b/seed1 are the same run"]),
+        (
+            "arms = {'a': '--attn_logit_std=small', 'b': '--attn_logit_std=small --attn_scale=2'}\ncontrol = 'a'",
+            ["a/seed1 and b/seed1 are the same run"],
+        ),
         ("arms = {'a': '', 'b': '--n_layer=1'}\ncontrol = 'a'\nsettings = '--n_layer=4'", ["are the same run"]),
     ],
 )
