@@ -2,6 +2,7 @@
 
 from studies import comparison, delay, options
 from studies.arms import compare_cells
+from studies.interactions import interactions
 from studies.runs import is_number, named
 from studies.texts import listed, p_phrase, point_text, signed, value_text
 
@@ -153,7 +154,7 @@ def headlines(results, comparisons):
             known = any(other.arm == cell.control for other in results.best)
             why = "has a different objective or no finished run of that size" if known else "has no finished run"
             found.append(f"{cell.label} is not compared: its control {cell.control} {why}.")
-    return found + trends(results) + unfair(results) + changed_options(results)
+    return found + trends(results) + interactions(results, MOST) + unfair(results) + changed_options(results)
 
 
 def unfair(results):
