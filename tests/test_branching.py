@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from run_folders import TWO_ARMS, planned, write_study_files
-from test_train import assert_equal_weights, metrics, stop_after, weights
+from trained import assert_equal_weights, metrics, stop_after, weights
 
 import sweep
 import train

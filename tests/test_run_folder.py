@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY
-from test_train import ROOT, arguments, metrics, stop_after
+from trained import ROOT, arguments, metrics, stop_after
 
 import train
 from engine import checkpoint, resuming

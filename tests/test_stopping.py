@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import TINY
-from test_train import ROOT, arguments, assert_equal_weights, metrics, weights
+from trained import ROOT, arguments, assert_equal_weights, metrics, weights
 
 import train
 from engine import checkpoint, signals
