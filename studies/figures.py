@@ -59,15 +59,15 @@ def curves(results, path):
         if len(groups) > 1 and results.size_fields:
             upper.set_title(point_text(results.size(cells[0])), fontsize=10)
         if i % columns == 0:
-            upper.set_ylabel("loss (nats per token)")
+            upper.set_ylabel("loss (nats per token)" if columns == 1 else "loss")
         if pairs:
             lower[0].sharex(upper)
             upper.tick_params(labelbottom=False)
             found = lower[0], *_differences(lower[0], pairs, style, unit)
             compared.setdefault(pairs[0][1].arm, []).append(found)
             if i % columns == 0:
-                control = f"\nfrom {drawing.label(pairs[0][1].arm)}" if columns == 1 else ""
-                lower[0].set_ylabel(f"difference{control}\n(nats per token)", fontsize=8.5)
+                more = f"\nfrom {drawing.label(pairs[0][1].arm)}\n(nats per token)" if columns == 1 else ""
+                lower[0].set_ylabel(f"difference{more}", fontsize=8.5)
         elif lower:
             lower[0].remove()
         for panel in panels[i] if columns == 3 else ():
@@ -83,7 +83,7 @@ def curves(results, path):
     below = "; below, the difference from control" if compared and columns > 1 else ""
     most = max(map(len, groups.values()))
     lines = "Validation loss" if most > MANY else "Validation loss (thick) and training loss (thin)"
-    figure.suptitle(f"{lines}{below}", fontsize=11)
+    figure.suptitle(f"{lines}{below}{' (nats per token)' if columns > 1 else ''}", fontsize=11)
     if most > MANY and len(groups) == 1:
         figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8.5)
     drawing.save(figure, path)
