@@ -30,24 +30,16 @@ import torch
 
 import configurator
 import data
-import report
 import train
 from configurator import ROOT, FilePath
 from engine import checkpoint, decode, devices, run_files
 from engine.files import make_folder, read_json, write_json, write_text
-from studies import bundle, page, reproduction
+from studies import bundle, page, reproduction, reproduction_report
+from studies.reproduction_report import TITLES
 from train_config import TrainConfig
 
 PRESETS = {"minutes": 25 * 60, "night": 9 * 3600}
 STATE = "state.json"  # the plan, and what each part found
-PARTS = ("works", "speed", "table_2", "section_5_1")
-TITLES = {
-    "works": "What works on this device",
-    "speed": "Speed",
-    "table_2": "Table 2 and what belongs to it",
-    "section_5_1": "Section 5.1: is the change of basis linear?",
-}
-
 OUT_OF_MEMORY, SHARDED = "a micro-batch after running out of memory", "sharded over all GPUs"
 
 
@@ -59,7 +51,7 @@ class ReproduceConfig:
     hours: float | None = None  # the budget
     preset: Literal["minutes", "night", "paper"] | None = None  # 25 minutes, nine hours; paper: with --plan, its days
     plan: bool = False  # print the plan, and stop
-    part: Literal[PARTS] | None = None  # only this part
+    part: Literal[tuple(TITLES)] | None = None  # only this part
     dataset: str | None = None  # in data/; none: stdlib on a CPU, openwebtext on a GPU
     device: str = "auto"  # cpu, cuda, cuda:1, …; auto: cuda where there is one
     nanogpt: FilePath | None = None  # a clone of nanoGPT, to be timed beside
@@ -340,69 +332,6 @@ class Reproduction:
             if not torch.equal(decode.generate(model, idx, 8, temperature=0), expected):
                 raise ValueError("the cache changes the tokens")
 
-    # The report
-
-    def write_report(self, plan):
-        """report.md and report.html, the part that was finished last first."""
-        content = [page.Heading("The paper at the budget at hand", level=1)]
-        content += reproduction.plan_table(plan, self.state["speed"]["training"], self.state["device"])
-        parts = self.state["parts"]
-        for part in sorted(parts, key=lambda name: -parts[name]["finished"]):
-            content += [page.Heading(TITLES[part]), *getattr(self, f"page_of_{part}")(parts[part])]
-        missing = [part for part in PARTS if part not in parts]
-        if missing:
-            content.append(page.Paragraph(f"Not finished yet: {', '.join(missing)}. Repeat the command to go on."))
-        content += [page.Heading("The paper's own protocol"), page.Items(reproduction.paper_days())]
-        write_text(self.folder / "report.md", page.markdown(content))
-        write_text(self.folder / "report.html", page.web_page(content, "The paper at the budget at hand", self.folder))
-
-    def page_of_works(self, found):
-        """The table of what was tried, and what was not."""
-        columns = ["trains", "evaluates", "decodes", "resumes"]
-        rows = [[name, *(row.get(column, "–") for column in columns)] for name, row in found["rows"].items()]
-        parts = [page.Table(["architecture", *columns], rows, words=("architecture", *columns))]
-        if len(rows) < found["all"]:
-            parts.append(
-                page.Paragraph(f"{found['all'] - len(rows)} of {found['all']} were not tried: the time was over.")
-            )
-        return parts
-
-    def page_of_speed(self, found):
-        """The table of bench.py."""
-        return [page.Code(found["table"])] if found["table"] else [page.Paragraph("It did not finish: see speed.log.")]
-
-    def page_of_table_2(self, found):
-        """Each study's verdicts, table and figure; the columns beside the paper's."""
-        parts, losses = [], {}
-        for name in found["studies"]:
-            folder, table, headlines = report.write_report(report.ReportConfig(runs=(str(self.folder / name),)))
-            parts += [page.Heading(name, level=3), page.Items(headlines), table]
-            if (folder / "loss.png").exists():
-                figure = self.folder / f"{name}-loss.png"
-                figure.write_bytes((folder / "loss.png").read_bytes())
-                parts.append(page.Figure(figure.name, f"Loss during training in {name}."))
-            for path in sorted((self.folder / name).glob("*/seed*/summary.json")):
-                arm = path.parent.parent.name
-                if arm in reproduction.COLUMNS:
-                    losses.setdefault(arm, {})[path.parent.name] = read_json(path)
-        means = {
-            arm: (sum(s["val_loss"] for s in own.values()) / len(own), next(iter(own.values()))["tokens"], len(own))
-            for arm, own in losses.items()
-        }
-        return [reproduction.beside_the_paper(means), *parts]
-
-    def page_of_section_5_1(self, found):
-        """The experiment's own table and figures."""
-        folder, parts = self.folder / "transfer", []
-        parts.append(page.Paragraph(f"{found['steps']:,} steps; the paper has 20,000."))
-        for path in sorted(folder.glob("*.md")):
-            parts.append(page.Code(path.read_text(encoding="utf-8").strip()))
-        for path in sorted(folder.glob("*.png")):
-            copy = self.folder / f"section_5_1-{path.name}"
-            copy.write_bytes(path.read_bytes())
-            parts.append(page.Figure(copy.name, f"Section 5.1: {path.stem}."))
-        return parts
-
 
 def outcome(function):
     """'yes', or why a function failed: of torch, of the compiler, of the device, what it says is the result."""
@@ -432,7 +361,7 @@ def reproduce(cfg):
     if cfg.plan:
         return 0
     run.save()
-    for part in (cfg.part,) if cfg.part else PARTS:
+    for part in (cfg.part,) if cfg.part else TITLES:
         if part in run.state["parts"]:
             continue
         print(f"{TITLES[part]} …", flush=True)
@@ -441,9 +370,9 @@ def reproduce(cfg):
         if found is not None:
             run.state["parts"][part] = {**found, "seconds": time.monotonic() - began, "finished": time.time()}
             run.save()
-        run.write_report(plan)
+        reproduction_report.write(run.folder, run.state, plan)
     print(f"\n{run.folder}/report.md, {run.folder}/report.html")
-    if len(run.state["parts"]) < len(PARTS):
+    if len(run.state["parts"]) < len(TITLES):
         print("not all of it fitted: repeat the command to go on")
     return 0
 
