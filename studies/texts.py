@@ -30,13 +30,13 @@ def listed(words):
 
 def signed(value, decimals=4):
     """A number with its sign, such as a difference in loss: +0.0804, −0.0012; 0.0000 without one."""
-    text = f"{value:+.{decimals}f}"
-    return text[1:] if float(text) == 0 else text.replace("-", "−")
+    text = f"{value:+,.{decimals}f}"
+    return text.replace("-", "−") if any(digit in "123456789" for digit in text) else text[1:]
 
 
 def with_interval(mean, text="{:.4f}".format, decimals=4):
     """A comparison.Mean with half of its interval's width: '1.9135 ± 0.0102'; without it for one seed."""
-    return text(mean.mean) + ("" if mean.half_width is None else f" ± {mean.half_width:.{decimals}f}")
+    return text(mean.mean) + ("" if mean.half_width is None else f" ± {mean.half_width:,.{decimals}f}")
 
 
 def millions(count):

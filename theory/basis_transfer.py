@@ -129,7 +129,7 @@ def choose_dtype(name, device):
         return name
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "tf32"
-    return "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
+    return "bfloat16" if devices.has_bfloat16_products() else "float32"
 
 
 class TransferRun:
