@@ -100,13 +100,13 @@ def choose_dtype(name, device, config, n_decoded=None, compiled=False):
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     # bfloat16 pays on a CPU with its instructions unless matrices are small. Training: 64 × 320 gained (1.4 times with
-    # AMX), 32 × 320 did not (0.98). Decoding, with AMX: 384 × 50,304 gained at 4 sequences and more (1.2 to 1.5 times)
-    # and lost at 1 to 3 (0.6 to 0.96), 128 × 512 lost at 8 (0.6 to 0.9). A compiled step casts all weights again for
-    # each token: twice as long.
+    # AMX, 1.6 with AVX-512's), 32 × 320 gained without AMX alone (0.98 and 1.4). Decoding: 384 × 50,304 gained at 4
+    # sequences and more (1.2 to 1.5 times) and lost at 1 to 3 (0.6 to 0.96), 128 × 512 lost at 8 (0.6 to 0.9). A
+    # compiled step casts all weights again for each token: twice as long.
     largest = config.n_embd * max(config.vocab_size, 4 * config.n_embd)
-    pays = largest >= 2**14 if n_decoded is None else n_decoded >= 4 and not compiled and largest >= 2**18
-    fast = has_bfloat16_products() if n_decoded is None else torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if pays and fast else torch.float32
+    least = 2**14 if torch.cpu._is_amx_tile_supported() else 2**13
+    pays = largest >= least if n_decoded is None else n_decoded >= 4 and not compiled and largest >= 2**18
+    return torch.bfloat16 if pays and has_bfloat16_products() else torch.float32
 
 
 @functools.cache
