@@ -22,8 +22,10 @@ from train import TrainConfig
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
-# The models here are so small that a team of threads would wait at barriers longer than it works.
+# The models here are so small that a team of threads would wait at barriers longer than it works, also in processes
+# that a test starts.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TINY = dict(
     block_size=16,

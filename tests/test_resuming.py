@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from text_files import (
     arguments,
+    copy_vocabulary,
     make_texts,
     prepare,
     reached,
@@ -154,9 +155,15 @@ def test_a_corrected_column_is_no_other_preparation(tmp_path, refuses, command, 
     call = arguments(pattern, tmp_path / "out")
     for wrong in ("body", "id"):
         refuses(*call, f"--text_column={wrong}", words=["--text_column"])
-    refuses(*call, "--tokenizer=gpt2", "--text_column=body", words=["--text_column"])
     assert command(*call)[0] == 0
     assert read_bins(tmp_path / "out") == reference(texts)
+
+
+def test_a_wrong_column_is_no_preparation_of_another_tokenizer(tmp_path, refuses, monkeypatch):
+    copy_vocabulary(tmp_path / "vocabulary", monkeypatch)
+    call = arguments(write_shards(tmp_path / "in", make_texts(300)), tmp_path / "out")
+    refuses(*call, "--text_column=body", words=["--text_column"])
+    refuses(*call, "--tokenizer=gpt2", "--text_column=body", words=["--text_column"])
 
 
 def test_what_is_refused_before_anything_is_encoded_leaves_nothing(tmp_path, refuses):
