@@ -38,7 +38,8 @@ def random_tokens(n=6, seed=1):
 def test_the_fit_is_the_least_squares_of_all_logits(group, n_kv_head, d_k, seed):
     generator = np.random.default_rng(seed)
     d, n = group * n_kv_head * d_k, 40
-    x = np.concatenate((generator.normal(size=(n, d)) @ generator.normal(size=(d, d)), np.ones((n, 1))), axis=1)
+    mixing = np.linalg.qr(generator.normal(size=(d, d)))[0] * generator.uniform(0.5, 2, d)  # well conditioned
+    x = np.concatenate((generator.normal(size=(n, d)) @ mixing, np.ones((n, 1))), axis=1)
     w_q, w_k = generator.normal(size=(d + 1, d)), generator.normal(size=(d + 1, n_kv_head * d_k))
     keys, error = trained_model.best_keys(*map(torch.from_numpy, (w_q, w_k, x.T @ x)), n_kv_head)
 
