@@ -5,22 +5,17 @@
 # They make their own environment in .venv and do nothing twice.
 
 PYTHON ?= python3
-# Options of the demo's two runs, such as DEMO="--max_iters=100".
+# Options of the two studies, such as DEMO="--max_iters=100" and ARCHITECTURES="--jobs=1".
 DEMO ?=
-# Options of make architectures, such as ARCHITECTURES="--jobs=1".
 ARCHITECTURES ?=
 
 BIN := .venv/bin
-RUNS := out/demo/baseline_tied out/demo/reduced_tied
 
 .PHONY: demo results architectures test clean
 
-demo: $(RUNS:%=%/summary.json)
-	$(BIN)/python report.py $(RUNS) --out_dir=out/demo
-
-out/demo/%/summary.json: | data/stdlib/meta.json
-	$(BIN)/python train.py config/quick.py config/$*.py --out_dir=out/demo/$* --resume \
-		--attn_logit_std=small $(DEMO)
+demo: | data/stdlib/meta.json
+	$(BIN)/python sweep.py config/study_demo.py config/quick.py --out_dir=out/demo $(DEMO)
+	$(BIN)/python report.py out/demo
 
 results: .venv/installed
 	for runs in results/*/runs.json.xz; do $(BIN)/python report.py $$(dirname $$runs) >/dev/null || exit 1; done

@@ -1,8 +1,9 @@
 """A run in EleutherAI's lm-evaluation-harness (the package lm_eval), without an export: any architecture of ours.
 
-    python -m studies.harness --model wq --model_args run=out/demo/reduced_tied --tasks wikitext
-    python -m studies.harness --model wq --model_args run=out/demo/reduced_tied,ckpt=best.pt,dtype=bfloat16 \
-        --tasks hellaswag,lambada_openai,wikitext --batch_size 16 --output_path out/demo/reduced_tied/eval/results.json
+    python -m studies.harness --model wq --model_args run=out/demo/reduced_tied/seed1337 --tasks wikitext
+    python -m studies.harness --model wq --model_args run=out/demo/reduced_tied/seed1337,ckpt=best.pt,dtype=bfloat16 \
+        --tasks hellaswag,lambada_openai,wikitext --batch_size 16 \
+        --output_path out/demo/reduced_tied/seed1337/eval/results.json
 
 All options are those of the command `lm_eval`, in which this registers the model `wq`. A context that is longer than
 the model's is cut from the left; a text to be scored is cut into windows of block_size tokens, the first of which

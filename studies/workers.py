@@ -46,8 +46,10 @@ class Execution:
     """
 
     def __init__(self, runs, jobs, gpus=(), choice=None):
-        self.runs, self.jobs, self.gpus, self.choice = list(runs), jobs, gpus, choice
+        self.runs, self.gpus, self.choice = list(runs), gpus, choice
         self.todo = list(runs)
+        n_left = sum(not run_files.has_ended(run.folder) for run in runs)
+        self.jobs = max(1, min(jobs, n_left))  # fewer runs than cores: more threads for each
         self.workers = []
         self.failed = {}  # run -> why
         # A run that had failed before is tried again; one that fails meanwhile in another execution is not.

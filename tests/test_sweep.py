@@ -298,6 +298,19 @@ def test_each_of_several_gpus_has_one_run_and_threads_are_divided(files, fake, m
     assert {threads for *_, threads in logs} == {str(max(1, len(os.sched_getaffinity(0)) // 3))}
 
 
+@pytest.mark.parametrize("n_runs, n_ended, threads", [(2, 0, "4"), (4, 1, "2"), (2, 1, "None"), (4, 0, "2")])
+def test_all_cores_have_work_where_there_are_fewer_runs_than_cores(files, fake, monkeypatch, n_runs, n_ended, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(devices, "available_cpus", lambda: 8)
+    runs = planned(*files(), "--out_dir=out")[0][:n_runs]
+    for run in runs[:n_ended]:
+        run.folder.mkdir(parents=True)
+        (run.folder / "summary.json").write_text("{}")
+    assert workers.Execution(runs, jobs=8).execute()
+    logs = [(run.folder / "log.txt").read_text().splitlines()[1].split() for run in runs[n_ended:]]
+    assert {found for *_, found in logs} == {threads}
+
+
 def test_a_run_that_fails_in_another_sweep_meanwhile_is_not_tried_again(files, fake):
     text = "arms = {'bad': '--n_layer=3'}\ncontrol = 'bad'\nseeds = [1]"
     runs, _ = planned(*files(text), "--out_dir=out")
