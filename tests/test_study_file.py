@@ -150,8 +150,8 @@ def test_every_study_is_valid_at_the_paper_s_size_and_at_the_quick_one(path, siz
     objective = dict({(run.name.partition(",")[0], run.config.objective) for run in runs})
     assert all(objective[arm] == objective[control] for arm, control in controls.items()), "comparable losses"
     assert len(runs) == len(content["arms"]) * len(content["seeds"])
-    n_seeds = dict.fromkeys("study_table2 study_params study_query study_length study_length_trunk".split(), 5)
-    assert len(content["seeds"]) == (n_seeds | {"study_demo": 1}).get(path.stem, 3)
+    n_seeds = {"demo": 1} | dict.fromkeys("table2 untied params query length length_trunk".split(), 5)
+    assert len(content["seeds"]) == n_seeds.get(path.stem.removeprefix("study_"), 3)
     assert f"# python sweep.py config/{path.name} config/quick.py" in " ".join(path.read_text().split())
 
 
