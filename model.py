@@ -23,7 +23,9 @@ from engine.model_options import check
 
 INITIAL_STD = 0.02  # of the weights, as in GPT-2
 PAPER_WIDTH = 768  # n_embd of the paper's models
-SMALL_LOGIT_STD = {"trained": 0.2}  # of new attention logits, what suits n_embd 128 (results/study_scale); others: 0.6
+# Of new attention logits, with attn_logit_std=small: what suits n_embd 128 (results/study_scale; between 0.4 and 0.8
+# for W_Q = I, by analogy for other queries). Checkpoints store the name: another value needs another name.
+SMALL_LOGIT_STD, SMALL_LOGIT_STD_OF_TRAINED = 0.6, 0.2
 ACTIVATIONS = {
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
@@ -121,7 +123,8 @@ class GPTConfig:
         if wanted == "paper":
             wanted = self.attn_scale * self.unscaled_logit_std(layer, PAPER_WIDTH)
         elif wanted == "small":
-            wanted = 1.0 if self.qk_norm else SMALL_LOGIT_STD.get(self.query(layer), 0.6)
+            is_trained = self.query(layer) == "trained"
+            wanted = 1.0 if self.qk_norm else SMALL_LOGIT_STD_OF_TRAINED if is_trained else SMALL_LOGIT_STD
         return wanted / self.unscaled_logit_std(layer, self.n_embd)
 
     def unscaled_logit_std(self, layer, n_embd):

@@ -1,7 +1,7 @@
 # Does the difference close with training? From the size's own steps to sixteen times as many. Each length is warm-up,
 # stable, decay: study_length_trunk.py trains each arm once at a constant learning rate, and each length branches from
-# there for a decay in its last fifth. The question, fixed beforehand, is the difference at the longest. The seeds are
-# in no other study, and logits start at what study_scale.py found best at n_embd 128.
+# there for a decay in its last fifth. The question, fixed beforehand, is the difference at the longest. The seeds were
+# in no study before, and logits start at what study_scale.py found best at n_embd 128: 0.2, and between 0.4 and 0.8.
 #     python sweep.py config/study_length_trunk.py config/quick.py --out_dir=out/length_trunk
 #     python sweep.py config/study_length.py config/quick.py
 arms = {

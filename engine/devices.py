@@ -100,9 +100,9 @@ def choose_dtype(name, device, config, n_decoded=None, compiled=False):
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     # bfloat16 pays on a CPU with its instructions unless matrices are small. Training: 64 × 320 gained (1.4 times with
-    # AMX, 1.6 with AVX-512's), 32 × 320 gained without AMX alone (0.98 and 1.4). Decoding: 384 × 50,304 gained at 4
-    # sequences and more (1.2 to 1.5 times) and lost at 1 to 3 (0.6 to 0.96), 128 × 512 lost at 8 (0.6 to 0.9). A
-    # compiled step casts all weights again for each token: twice as long.
+    # AMX, 1.7 with AVX-512's), 32 × 320 only with AVX-512's (0.98 and 1.4). Decoding: 384 × 50,304 gained at 4 and more
+    # sequences (1.2 to 1.5 times) and lost at fewer (0.6 to 0.96 with AMX, 0.72 at one with AVX-512's), 128 × 512 lost
+    # at 8 (0.6 to 0.9 with AMX). A compiled step casts all weights again for each token: twice as long.
     largest = config.n_embd * max(config.vocab_size, 4 * config.n_embd)
     least = 2**14 if torch.cpu._is_amx_tile_supported() else 2**13
     pays = largest >= least if n_decoded is None else n_decoded >= 4 and not compiled and largest >= 2**18

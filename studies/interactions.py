@@ -7,14 +7,16 @@ from studies.texts import listed, p_phrase, signed
 def pairs_of_one_change(results):
     """Lists of two or more (cell, control) pairs of one size that differ in the same options in the same way.
 
-    The grid's tuned options do not count. Arms of one control are compared with it already, so they are no such list.
+    The grid's tuned options do not count. Arms of one control are compared with it already, so they are no such list;
+    nor are pairs whose losses are of different objectives.
     """
     groups = {}
     for cell, control in results.best_pairs:
         one, other = map(options.in_effect, (cell, control))
         names = [name for name in options.differing([cell, control]) if name not in results.tuned_fields]
         change = repr([(name, one.get(name), other.get(name)) for name in names])
-        groups.setdefault((change, repr(results.size(cell))), []).append((cell, control))
+        key = (change, repr(results.size(cell)), cell.example.config["objective"])
+        groups.setdefault(key, []).append((cell, control))
     return [pairs for pairs in groups.values() if len({control for _, control in pairs}) == len(pairs) > 1]
 
 
@@ -53,7 +55,7 @@ def _count(found, adjusted):
     both = zip(found, adjusted, strict=True)
     clear = [f"{name} ({signed(change.mean)})" for (name, _, change), p in both if p < 1 - comparison.CONFIDENCE]
     references = listed(dict.fromkeys(reference for _, reference, _ in found))
-    what = f"{len(clear)} by p (Holm): {listed(clear)}" if clear else "none"
+    what = f"by p (Holm) {len(clear)} clearly differ: {listed(clear)}" if clear else "by p (Holm) none clearly differs"
     means = [change.mean for *_, change in found]
-    ends = f"by {signed(min(means))} to {signed(max(means))} nats per token"
-    return f"Of {len(found)} differences that {ends} are other than {references}, clearly so {what}."
+    ends = f"{signed(min(means))} to {signed(max(means))} nats per token away"
+    return f"{len(found)} differences were compared with {references}, {ends}; {what}."

@@ -103,7 +103,8 @@ def planned_runs(cfg, options):
     runs = [planned_run(folder, entry, seed) for seed in seeds for entry in entries]
     seen = {}
     for run in runs:
-        other = seen.setdefault(run_files.digest(without_replaced(dataclasses.asdict(run.config))), run)
+        identity = run_files.digest(without_replaced(dataclasses.asdict(run.config)))
+        other = seen.setdefault((identity, run.config.branch_from), run)
         if other is not run:
             raise ValueError(
                 f"{path}: {other.label} and {run.label} are the same run with these options: remove one of them"
@@ -150,6 +151,11 @@ def planned_run(folder, entry, seed):
     if config.wandb_log and not config.wandb_run_name:  # else it would be the folder's name, and all runs 'seed1'
         arguments.append(f"--wandb_run_name={folder.name}/{entry['name']}/seed{seed}")
     first_step = checkpoint.step(config.branch_from) if config.branch_from else 0
+    if first_step > config.max_iters:
+        raise ValueError(
+            f"{entry['name']}: {config.branch_from} is at step {first_step}, after max_iters={config.max_iters}: raise "
+            "max_iters, or branch from an earlier checkpoint"
+        )
     return PlannedRun(entry["name"], seed, place, arguments, config, first_step)
 
 
@@ -221,7 +227,10 @@ def check_folder(run):
         there = TrainConfig(**configurator.read(TrainConfig, [], base=stored))
     except ValueError as error:
         raise ValueError(f"{path}: {error}; remove that folder, or choose another --out_dir=…") from error
-    there, here = (run_files.identity(dataclasses.asdict(config)) for config in (there, run.config))
+    there, here = (
+        run_files.identity(dataclasses.asdict(config)) | {"branch_from": config.branch_from}
+        for config in (there, run.config)
+    )
     differences = [f"{name} is {there[name]} there and {here[name]} here" for name in here if there[name] != here[name]]
     if differences:
         raise ValueError(

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 import types
 
 import numpy as np
@@ -126,8 +127,11 @@ class ForkedTrain:
             status = 0
         except SystemExit as stopped:
             status = stopped.code or 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(status)
 
     def poll(self):

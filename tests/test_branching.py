@@ -127,6 +127,24 @@ def test_a_study_of_branches_is_planned_as_it_is_run(tiny, forked, command):
     assert (state["step"], state["config"]["weight_decay"]) == (30, 0.3)
 
 
+def test_runs_of_a_study_that_branch_from_different_runs_are_different(tiny, forked, command, refuses):
+    for name, beta1 in (("first", 0.9), ("second", 0.8)):
+        train.train(tiny(out_dir=name, max_iters=20, beta1=beta1))
+
+    def write(**steps):
+        arms = {name: f"--branch_from={name}/ckpt.pt --beta1=0.9 --max_iters={n}" for name, n in steps.items()}
+        Path("study.py").write_text(f"arms = {arms}\ncontrol = {next(iter(arms))!r}\nseeds = [1337]")
+
+    write(first=30, second=30)
+    assert command(sweep.main, "study.py", "--out_dir=out", "--jobs=1")[0] == 0
+    losses = [read_json(f"out/{name}/seed1337/summary.json")["val_loss"] for name in ("first", "second")]
+    assert losses[0] != losses[1]
+    shutil.copytree("out/first", "other/second")
+    refuses(sweep.main, "study.py", "--out_dir=other", words=["branch_from is first/ckpt.pt there and second/ckpt.pt"])
+    write(first=10)
+    refuses(sweep.main, "study.py", "--out_dir=new", words=["first/ckpt.pt is at step 20, after max_iters=10"])
+
+
 def test_decays_of_a_study_branch_from_each_arm_s_and_seed_s_own_run(tiny, forked, command):
     size = write_study_files(
         TWO_ARMS

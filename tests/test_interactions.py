@@ -62,5 +62,15 @@ def test_many_pairs_are_counted(tmp_path):
         return 2 + seed / 10 + 0.1 * (arm == "reduced3") + generator.normal(0, 0.001)
 
     found, _ = headlines(tmp_path / "s", own, loss, seeds=(1, 2, 3, 4), control=control)
-    (sentence,) = [text for text in found if text.startswith("Of 7 differences")]
-    assert "clearly so 1 by p (Holm): reduced3 − base3 (+0.1" in sentence and "reduced0 − base0" in sentence
+    (sentence,) = [text for text in found if text.startswith("7 differences were compared with reduced0 − base0")]
+    assert "by p (Holm) 1 clearly differ: reduced3 − base3 (+0.1" in sentence
+
+
+def test_losses_of_different_objectives_are_not_compared(tmp_path):
+    def loss(arm, seed):
+        return 2 + seed / 10 + len(arm) * seed**2 / 1000
+
+    encoder = dict(objective="mlm", causal=False)
+    own = {"a": {}, "a_reduced": REDUCED, "e": encoder, "e_reduced": encoder | REDUCED}
+    found, results = headlines(tmp_path / "s", own, loss, control={"a_reduced": "a", "e_reduced": "e"})
+    assert len(results.best_pairs) == 2 and not any("difference than" in text for text in found)
